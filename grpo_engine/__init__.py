@@ -1,0 +1,1 @@
+"""A GRPO engine for prompt-rewriting vision-language policies."""
