@@ -334,9 +334,7 @@ def _clipped(
 # --------------------------------------------------------------------------------------------------------
 
 
-def aggregate(
-    values: Tensor, mask: Tensor, *, how: Aggregation = "token", max_tokens: int | None = None
-) -> Tensor:
+def aggregate(values: Tensor, mask: Tensor, *, how: Aggregation = "token", max_tokens: int | None = None) -> Tensor:
     """One number out of one number a token.
 
     - ``token``: the mean over all tokens of the batch (DAPO, arXiv 2503.14476); long sequences weigh more.
@@ -428,17 +426,13 @@ def _checked_mask(mask: Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; it must be (sequences, tokens).")
     _require_shape("mask", mask, like)
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            "mask has values other than 0 and 1; it must be 1 (or true) exactly at completion tokens."
-        )
+        raise ValueError("mask has values other than 0 and 1; it must be 1 (or true) exactly at completion tokens.")
     return mask.bool()
 
 
 def _require_shape(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.shape != like.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(like.shape)}, like its values."
-        )
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(like.shape)}, like its values.")
 
 
 def _require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

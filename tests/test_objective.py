@@ -86,11 +86,7 @@ def reference_advantages(
     rows = []
     for row in rewards:
         kept = [r for r in row if not math.isnan(r)]
-        if (
-            len(kept) < 2
-            or deviation(kept) <= min_std
-            or (scale == "batch" and deviation(everything) <= min_std)
-        ):
+        if len(kept) < 2 or deviation(kept) <= min_std or (scale == "batch" and deviation(everything) <= min_std):
             rows.append([0.0] * len(row))
             continue
         divisor = {"group": deviation(kept) + eps, "batch": deviation(everything) + eps, "none": 1.0}[scale]
@@ -117,9 +113,7 @@ def test_advantages_of_one_group_by_hand() -> None:
     )
     assert_equal(group_advantages(rewards, scale="none"), [[-2.0, -1.0, 0.0, 3.0]])
     # Others' means: 11/3, 10/3, 9/3, 6/3.
-    assert_equal(
-        group_advantages(rewards, scale="none", baseline="leave_one_out"), [[-8 / 3, -4 / 3, 0.0, 4.0]]
-    )
+    assert_equal(group_advantages(rewards, scale="none", baseline="leave_one_out"), [[-8 / 3, -4 / 3, 0.0, 4.0]])
     assert_equal(group_advantages(rewards, eps=0.5), [[v / (std + 0.5) for v in (-2.0, -1.0, 0.0, 3.0)]])
 
 
@@ -135,9 +129,7 @@ def test_missing_rewards_are_left_out_of_every_statistic_and_get_zero() -> None:
     rewards = f64([[NAN, 1.0, 3.0, NAN, 5.0]])  # mean 3, population std sqrt(8/3)
     std = math.sqrt(8 / 3)
     assert_equal(group_advantages(rewards, eps=0.0), [[0.0, -2 / std, 0.0, 0.0, 2 / std]])
-    assert_equal(
-        group_advantages(rewards, scale="none", baseline="leave_one_out"), [[0.0, -3.0, 0.0, 0.0, 3.0]]
-    )
+    assert_equal(group_advantages(rewards, scale="none", baseline="leave_one_out"), [[0.0, -3.0, 0.0, 0.0, 3.0]])
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -225,9 +217,7 @@ def test_advantages_equal_the_plain_loops(
     rewards: list[list[float]], scale: Scale, baseline: Baseline, eps: float, unbiased: bool, min_std: float
 ) -> None:
     expected = reference_advantages(rewards, scale, baseline, eps, unbiased, min_std)
-    actual = group_advantages(
-        f64(rewards), scale=scale, baseline=baseline, eps=eps, unbiased=unbiased, min_std=min_std
-    )
+    actual = group_advantages(f64(rewards), scale=scale, baseline=baseline, eps=eps, unbiased=unbiased, min_std=min_std)
     assert_equal(actual, expected, atol=1e-10)
     degenerate = zero_spread_groups(f64(rewards), min_std, unbiased=unbiased)
     assert (actual[degenerate] == 0).all()
@@ -319,9 +309,7 @@ def reference_loss(
 def test_grpo_loss_by_hand() -> None:
     ratios = f64([[1.0, 1.5, 0.5], [1.0, 1.5, 0.5]])
     old = f64([[-1.0, -2.0, -3.0]] * 2)
-    loss = policy_loss(
-        old + ratios.log(), old, f64([2.0, -2.0]), torch.ones(2, 3), clip_low=0.2, clip_high=0.3
-    )
+    loss = policy_loss(old + ratios.log(), old, f64([2.0, -2.0]), torch.ones(2, 3), clip_low=0.2, clip_high=0.3)
     # A = 2: min(2, 2), min(3, 2.6), min(1, 1.6). A = -2: min(-2, -2), min(-3, -2.6), min(-1, -1.6).
     assert_equal(loss, [[-2.0, -2.6, -1.0], [2.0, 3.0, 1.6]])
 
@@ -358,9 +346,7 @@ def test_policy_loss_equals_the_plain_loops(
     if per_token:
         advantages = advantages[:, None] * torch.linspace(-1, 2, 6, dtype=torch.float64)
     for mask in (batch.mask, batch.mask.long(), batch.mask.double()):
-        loss = policy_loss(
-            batch.new, batch.old, advantages, mask, kind=kind, clip_low=clip_low, clip_high=clip_high
-        )
+        loss = policy_loss(batch.new, batch.old, advantages, mask, kind=kind, clip_low=clip_low, clip_high=clip_high)
         assert_equal(loss, reference_loss(batch, advantages, kind, clip_low, clip_high))
 
 
@@ -543,9 +529,7 @@ def test_clip_fractions_by_hand() -> None:
     ratios = f64([[1.5, 1.1, 0.5, 9.0], [1.5, 0.5, 0.6, 0.1], [9.0, 0.1, 1.0, 1.0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
     old = torch.full_like(ratios, -10.0)
-    low, high = clip_fractions(
-        old + ratios.log(), old, f64([1.0, -1.0, 0.0]), mask, clip_low=0.2, clip_high=0.2
-    )
+    low, high = clip_fractions(old + ratios.log(), old, f64([1.0, -1.0, 0.0]), mask, clip_low=0.2, clip_high=0.2)
     assert float(low) == pytest.approx(2 / 8)  # 0.5 and 0.6 under the negative advantage
     assert float(high) == pytest.approx(1 / 8)  # 1.5 under the positive one
 
@@ -731,9 +715,7 @@ def test_bad_aggregation_inputs_are_refused_by_name() -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def loss_per_token(
-    batch: Batch, rows: Tensor, width: int, theta: Tensor, kind: LossKind
-) -> tuple[Tensor, Tensor]:
+def loss_per_token(batch: Batch, rows: Tensor, width: int, theta: Tensor, kind: LossKind) -> tuple[Tensor, Tensor]:
     """Policy + 0.1 KL of some rows, cut or padded to ``width``, as a function of two shared parameters."""
 
     def fit(x: Tensor, padding: float) -> Tensor:

@@ -38,11 +38,7 @@ GENERAL = Path(__file__).parents[1] / "configs" / "prompts" / "general.jsonl"
 # Printable text: no control characters, surrogates or line separators, and something to see.
 TEXTS = (
     st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40)
-    .map(
-        lambda text: text.strip(
-            "\ufeff \u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-        )
-    )
+    .map(lambda text: text.strip("\ufeff \u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))))
     .filter(lambda text: any(char.isalnum() for char in text))
 )
 DISTINCT_TEXTS = st.lists(TEXTS, min_size=1, max_size=12, unique_by=normalize)
@@ -145,9 +141,7 @@ def test_a_bad_text_line_is_refused_by_file_and_line(data: bytes, said: str) -> 
 def test_bytes_that_are_not_utf8_are_refused_by_line_and_offset(newline: bytes, mark: bytes) -> None:
     data = mark + "a café".encode() + newline + b"a caf\xe9"
     offset = data.index(b"\xe9", -1)
-    assert refusal(data, "txt").startswith(
-        f"set.txt, line 2: byte 0xe9 at offset {offset} is not UTF-8; save"
-    )
+    assert refusal(data, "txt").startswith(f"set.txt, line 2: byte 0xe9 at offset {offset} is not UTF-8; save")
 
 
 def test_the_length_limit_is_exact_and_named() -> None:
@@ -317,10 +311,8 @@ def test_the_same_words_in_another_order_across_splits_are_a_warning() -> None:
         record("a green cube", "validation", id="4"),
     )
     assert parse(data).report == (
-        "set.jsonl, line 2: 'a blue cube on a red ball' (split test) "
-        "has the same words as line 1 (split train).",
-        "set.jsonl, line 3: 'a blue ball on a red cube' (split train) "
-        "has the same words as line 2 (split test).",
+        "set.jsonl, line 2: 'a blue cube on a red ball' (split test) has the same words as line 1 (split train).",
+        "set.jsonl, line 3: 'a blue ball on a red cube' (split train) has the same words as line 2 (split test).",
     )
 
 
@@ -335,9 +327,7 @@ def test_assumed_splits_are_near_70_10_20_and_depend_on_the_text_alone() -> None
     splits = [split_of(f"prompt number {n}") for n in range(5_000)]
     shares: tuple[tuple[Split, float], ...] = (("train", 0.7), ("validation", 0.1), ("test", 0.2))
     for split, share in shares:
-        assert splits.count(split) / 5_000 == pytest.approx(
-            share, abs=0.02
-        )  # above three standard deviations
+        assert splits.count(split) / 5_000 == pytest.approx(share, abs=0.02)  # above three standard deviations
     alone = {prompt.text: prompt for prompt in parse(b"a cat\na dog\nan owl\n", "txt").prompts}
     among = {prompt.text: prompt for prompt in parse(b"an ox\nan owl\na cow\na cat\na dog\n", "txt").prompts}
     for text in alone:
@@ -515,9 +505,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-RECORDS = st.fixed_dictionaries(
-    {}, optional={key: JSON_VALUES for key in ("id", "text", "tier", "split", "x")}
-)
+RECORDS = st.fixed_dictionaries({}, optional={key: JSON_VALUES for key in ("id", "text", "tier", "split", "x")})
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,221 @@
+"""The command line: ``python -m grpo_engine train | resume | evaluate | runs | show | export | doctor``.
+
+Exit codes: 0 done, 1 the run failed, 2 refused input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import ConfigError, RunConfig, preset_names
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run one command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return REFUSED
+    from .checkpoint import CheckpointError
+    from .store import StoreError
+
+    try:
+        code: int = options.action(options)
+        return code
+    except (ConfigError, StoreError, CheckpointError) as error:
+        print(f"Refused: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_engine", description="Train a prompt rewriter with GRPO, and look after runs."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    def command(name: str, action: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--db", default="runs.db", metavar="PATH", help="database (default: runs.db)")
+        sub.set_defaults(action=action)
+        return sub
+
+    def settings(sub: argparse.ArgumentParser) -> None:
+        names = ", ".join(preset_names())
+        sub.add_argument("--config", default="tiny", metavar="NAME", help=f"a YAML file or a preset: {names}")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="FIELD=VALUE",
+            help="change a setting, e.g. training.steps=50",
+        )
+
+    sub = command("train", _train, "start a run and follow it to its report")
+    settings(sub)
+    sub.add_argument("--check", action="store_true", help="only check the settings; start nothing")
+    run_help = "a run's id, the beginning of it, its name, or 'last'"
+    sub = command("resume", _resume, "continue a stopped, failed or interrupted run from its last checkpoint")
+    sub.add_argument("run", help=run_help)
+    sub = command("evaluate", _evaluate, "measure a run's policy again, on the test prompts or on other ones")
+    sub.add_argument("run", help=run_help)
+    sub.add_argument("--checkpoint", default="last", help="last, best or a step")
+    sub.add_argument("--prompts", default="", help="another prompt set: a name or a file")
+    sub.add_argument("--json", action="store_true", help="print the summary as JSON")
+    sub = command("runs", _runs, "list all runs")
+    sub.add_argument("--json", action="store_true")
+    sub = command("show", _show, "one run: settings, state, report")
+    sub.add_argument("run", help=run_help)
+    sub.add_argument("--json", action="store_true")
+    sub = command("export", _export, "write a run's trained policy to a folder")
+    sub.add_argument("run", help=run_help)
+    sub.add_argument("--to", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--format", choices=("peft", "merged", "pth"), default="peft")
+    sub.add_argument("--checkpoint", default="last", help="last, best or a step")
+    sub.add_argument("--force", action="store_true", help="replace an earlier export there")
+    sub = command("doctor", _doctor, "what this machine has, and what is missing")
+    settings(sub)
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def _which(text: str) -> Any:
+    if text.isdigit():
+        return int(text)
+    if text not in ("last", "best"):
+        raise ConfigError(f"--checkpoint is {text!r}; use last, best or a step number.")
+    return text
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = RunConfig.load(options.config, options.set)
+    from .cli_progress import follow
+    from .session import Plan
+    from .store import Store
+
+    plan = Plan(config)
+    for note in plan.prompts.report:
+        print(f"note: {note}")
+    if options.check:
+        print(f"The settings are fine: {plan.placement.describe()}; {len(plan.train)} training prompts.")
+        return DONE
+    with Store(options.db) as store:
+        run_id = store.create_run(config, prompt_set=plan.prompts.name, prompt_fingerprint=plan.prompts.fingerprint())
+        print(f"run {run_id}")
+        return follow(store, run_id)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from .cli_progress import follow
+    from .store import Store
+
+    with Store(options.db) as store:
+        store.interrupt_stale()
+        run = store.resolve(options.run)
+        if run.state == "finished":
+            raise ConfigError(f"Run {run.id} is finished; there is nothing to resume. 'evaluate' measures it again.")
+        if run.active:
+            raise ConfigError(f"Run {run.id} is {run.state} in process {run.pid} on {run.host}; stop it first.")
+        print(f"run {run.id}")
+        return follow(store, run.id)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .cli_progress import print_report
+    from .session import evaluate_run
+    from .store import Store
+
+    with Store(options.db) as store:
+        run = store.resolve(options.run)
+        summary = evaluate_run(store, run.id, _which(options.checkpoint), options.prompts)
+        if options.json:
+            print(json.dumps(summary, indent=2))
+        else:
+            print_report(summary)
+    return DONE
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from .cli_progress import print_runs
+    from .store import Store
+
+    _require_database(options.db)
+    with Store(options.db) as store:
+        store.interrupt_stale()
+        rows = store.runs()
+        if options.json:
+            print(json.dumps([_as_json(row) for row in rows], indent=2))
+        else:
+            print_runs(rows)
+    return DONE
+
+
+def _show(options: argparse.Namespace) -> int:
+    from .cli_progress import print_run
+    from .store import Store
+
+    _require_database(options.db)
+    with Store(options.db) as store:
+        store.interrupt_stale()
+        row = store.resolve(options.run)
+        if options.json:
+            print(json.dumps(_as_json(row), indent=2))
+        else:
+            print_run(store, row)
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export import export
+    from .store import Store
+
+    _require_database(options.db)
+    with Store(options.db) as store:
+        row = store.resolve(options.run)
+        policy = None
+        if options.format == "merged":
+            from .loading import load_policy
+            from .placement import resolve
+
+            config = RunConfig.parse(row.config)
+            policy = load_policy(config, resolve(config.placement).policy)
+        target = export(
+            store.run_dir(row.id), options.to, format=options.format, policy=policy, summary=row.summary,
+            which=_which(options.checkpoint), force=options.force,
+        )  # fmt: skip
+    print(f"Written to {target}")
+    return DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine, print_findings
+
+    findings = examine(options.db, options.config, options.set)
+    if options.json:
+        print(json.dumps(findings, indent=2))
+    else:
+        print_findings(findings)
+    return DONE if not findings["problems"] else FAILED
+
+
+def _require_database(path: str) -> None:
+    if not Path(path).exists():
+        raise ConfigError(f"There is no database {path}; 'train' makes one, or name another with --db.")
+
+
+def _as_json(row: Any) -> dict[str, Any]:
+    data = {key: value for key, value in vars(row).items() if key not in ("config_json", "process_token")}
+    return data | {"config": row.config, "tags": list(row.tags)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

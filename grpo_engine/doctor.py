@@ -1,0 +1,100 @@
+"""What this machine has, and what a run with given settings would miss."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .config import ConfigError, RunConfig
+from .placement import available_devices, compute_dtype
+from .tiny import WEIGHTS
+
+PACKAGES = (
+    "torch", "torchvision", "transformers", "diffusers", "open_clip_torch", "peft", "accelerate",
+    "gradio", "plotly", "sqlite-utils", "pydantic",
+)  # fmt: skip
+GIB = 2**30
+
+
+def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """Devices, memory, versions and problems, as plain data. Nothing is loaded or changed."""
+    problems: list[str] = []
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+            problems.append(f"The package {name} is not installed; run 'pip install -r requirements.txt'.")
+    devices = {name: _memory(name) for name in available_devices()}
+    for part in ("policy", "image", "reward"):
+        if not (WEIGHTS / part).is_dir():
+            problems.append(f"The embedded {part} model is missing; run 'python -m grpo_engine.tiny.build'.")
+    problems += _database_problems(db)
+    placement = None
+    try:
+        from .session import Plan
+
+        plan = Plan(RunConfig.load(preset, overrides))
+        placement = plan.placement.describe()
+    except ConfigError as error:
+        problems.append(str(error))
+    disk = shutil.disk_usage(Path(db).resolve().parent)
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": versions,
+        "devices": devices,
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_bfloat16": compute_dtype("auto", torch.device("cpu")) == torch.bfloat16,
+        "disk_free_gib": round(disk.free / GIB, 1),
+        "database": db,
+        "settings": preset,
+        "placement": placement,
+        "problems": problems,
+    }
+
+
+def _memory(device: str) -> dict[str, float]:
+    """Free and total memory of a device in GiB."""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return {"free_gib": round(free / GIB, 1), "total_gib": round(total / GIB, 1)}
+
+
+def _database_problems(db: str) -> list[str]:
+    from .store import Store, StoreError
+
+    if not Path(db).exists():
+        return []
+    try:
+        with Store(db, read_only=True) as store:
+            return store.check()
+    except StoreError as error:
+        return [str(error)]
+
+
+def print_findings(findings: dict[str, Any]) -> None:
+    """For people."""
+    print(f"Python {findings['python']} on {findings['system']}")
+    print("  " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in findings["packages"].items()))
+    for name, memory in findings["devices"].items():
+        print(f"{name}: {memory['free_gib']} of {memory['total_gib']} GiB free")
+    bf16 = "in hardware" if findings["cpu_bfloat16"] else "not in hardware, float32 is used"
+    print(f"CPU threads: {findings['cpu_threads']}; bfloat16 {bf16}. Disk: {findings['disk_free_gib']} GiB free.")
+    if findings["placement"]:
+        print(f"With {findings['settings']}: {findings['placement']}.")
+    for problem in findings["problems"]:
+        print(f"Problem: {problem}")
+    if not findings["problems"]:
+        print("Nothing is missing.")

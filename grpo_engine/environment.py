@@ -1,0 +1,224 @@
+"""The environment: prompts -> rewrites -> pictures -> rewards.
+
+It speaks two languages about the same thing. Token by token, as in Gymnasium's vector environments: a state
+is the prompt and the tokens so far, an action is one token, the reward comes at the end
+(:meth:`~PureGRPOPromptEnvironment.reset` and :meth:`~PureGRPOPromptEnvironment.step`). And by whole groups,
+which is how training uses it (:meth:`~PureGRPOPromptEnvironment.rollout`). Both end in the same
+:meth:`~PureGRPOPromptEnvironment.score_groups`, so equal tokens have equal rewards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import RunConfig
+from .image_model import ImageModel, RenderJob
+from .policy import Poll, PureGRPOPolicy, no_poll
+from .prompts import Prompt
+from .reward import RewardModel
+from .rollout import Completions, Group, Picture, Score
+from .seeding import derive_seed, numpy_generator
+
+QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
+
+
+def parse_rewrite(completion: str) -> str | None:
+    """The rewrite in a completion: its first line with text, without surrounding quotes.
+
+    None where there is no letter or digit in it. A failure is counted and shown, never replaced by something else.
+    """
+    for line in completion.splitlines():
+        text = " ".join(line.split()).strip(QUOTES).strip()
+        if any(character.isalnum() for character in text):
+            return text
+    return None
+
+
+@dataclass
+class _Episode:
+    """One row of the token-level environment."""
+
+    prompt: Prompt
+    prompt_ids: Tensor
+    latent_seed: int
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+class PureGRPOPromptEnvironment:
+    """Turns what the policy writes into rewards.
+
+    Args:
+        policy: writes completions, and knows the template and the end tokens.
+        images: renders rewrites.
+        reward: scores pictures against original prompts.
+        config: of the run; ``sampling`` and ``seed`` are used here.
+    """
+
+    def __init__(self, policy: PureGRPOPolicy, images: ImageModel, reward: RewardModel, config: RunConfig) -> None:
+        self.policy, self.images, self.reward, self.config = policy, images, reward, config
+        self._episodes: list[_Episode] = []
+
+    # -- whole groups ------------------------------------------------------------------------------------
+
+    def rollout(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        step: int,
+        *,
+        attempt: int = 0,
+        poll: Poll = no_poll,
+        on_phase: Any = None,
+    ) -> Iterator[Group]:
+        """Sample, render and score ``group_size`` rewrites of each prompt; yields whole groups as they complete.
+
+        Every random number comes from (seed, step, prompt id, k, attempt): all rollouts of a group share one
+        initial latent (common random numbers), which is fresh at each step.
+        """
+        told = on_phase or (lambda name, done, total: None)
+        groups: list[Group] = []
+        width = self.config.sampling.prompts_per_pass or len(prompts)
+        for start in range(0, len(prompts), width):
+            told("sampling", start, len(prompts))
+            begun = time.perf_counter()
+            chosen = prompts[start : start + width]
+            seeds = [
+                [self._seed("sample", step, prompt.id, k, attempt) for k in range(group_size)] for prompt in chosen
+            ]
+            completions = self.policy.sample([prompt.text for prompt in chosen], seeds, poll=poll)
+            share = (time.perf_counter() - begun) / len(chosen)
+            for prompt, written in zip(chosen, completions, strict=True):
+                group = self.new_group(prompt, written, self._seed("latent", step, prompt.id, attempt))
+                group.seconds["sample"] = share
+                groups.append(group)
+        yield from self.score_groups(groups, step, poll=poll, on_phase=told)
+
+    def new_group(self, prompt: Prompt, completions: Completions, latent_seed: int) -> Group:
+        """A group before rendering: its completions parsed."""
+        return Group(prompt, completions, tuple(parse_rewrite(text) for text in completions.texts), latent_seed)
+
+    def score_groups(
+        self, groups: Sequence[Group], step: int, *, poll: Poll = no_poll, on_phase: Any = None
+    ) -> Iterator[Group]:
+        """Render and score ``groups`` in place, and yield each as soon as it is whole."""
+        told = on_phase or (lambda name, done, total: None)
+        batch: list[Group] = []
+        done, total = 0, len(groups)
+        limit = getattr(getattr(self.images, "config", None), "batch_size", 32)
+        for index, group in enumerate(groups):
+            batch.append(group)
+            pending = sum(len(set(g.rewrites)) for g in batch)
+            if pending < limit and index + 1 < total:
+                continue
+            told("rendering", done, total)
+            self._render(batch, poll)
+            told("scoring", done, total)
+            for whole in batch:
+                begun = time.perf_counter()
+                self._score(whole, step)
+                whole.seconds["score"] = time.perf_counter() - begun
+                done += 1
+                yield whole
+            batch = []
+
+    def _render(self, groups: Sequence[Group], poll: Poll) -> None:
+        begun = time.perf_counter()
+        jobs = [
+            RenderJob(rewrite, group.latent_seed)
+            for group in groups
+            for rewrite in group.rewrites
+            if rewrite is not None
+        ]
+        pictures = dict(zip(jobs, self.images.render(jobs, poll=poll), strict=True))
+        share = (time.perf_counter() - begun) / len(groups)
+        for group in groups:
+            group.pictures = [
+                None if rewrite is None else pictures[RenderJob(rewrite, group.latent_seed)]
+                for rewrite in group.rewrites
+            ]
+            group.seconds["render"] = share
+
+    def _score(self, group: Group, step: int) -> None:
+        prompts = [group.prompt.text] * len(group)
+        group.scores = self.reward.score(group.pictures, prompts, group.rewrites)
+        rewards = [score.total for score in group.scores]
+        if self.config.models.reward.debug == "shuffle":
+            generator = numpy_generator(self.config.seed, "shuffle", step, group.prompt.id)
+            rewards = [rewards[i] for i in generator.permutation(len(rewards))]
+        group.rewards = torch.tensor(rewards, dtype=torch.float32)
+
+    def _seed(self, purpose: str, *parts: str | int) -> int:
+        return derive_seed(self.config.seed, purpose, *parts)
+
+    # -- token by token ----------------------------------------------------------------------------------
+
+    def reset(self, prompts: Sequence[Prompt], *, step: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin one episode a prompt; returns (observation, info) as Gymnasium does.
+
+        The observation holds ``prompt_ids`` (list of int64 (P,)), ``token_ids`` (list of the tokens so far) and
+        ``mask`` (bool (B,), true where the episode still runs). ``step`` only chooses the latents.
+        """
+        self._episodes = [
+            _Episode(prompt, self.policy.prompt_ids(prompt.text), self._seed("latent", step, prompt.id, 0))
+            for prompt in prompts
+        ]
+        return self._observation(), {"prompts": [prompt.text for prompt in prompts]}
+
+    def step(self, token_ids: Tensor) -> tuple[dict[str, Any], Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Append one token, int64 (B,), to every running episode; finished rows ignore theirs.
+
+        Returns (observation, reward, terminated, truncated, info): reward float32 (B,), 0 until an episode's
+        last token; ``terminated`` where an end token was chosen, ``truncated`` where the limit was reached.
+        ``info`` holds, for rows that ended now, ``rewrite``, ``score`` and ``picture`` (None elsewhere).
+
+        Raises:
+            RuntimeError: before :meth:`reset`, or after all episodes ended.
+            ValueError: on the wrong number of tokens.
+        """
+        if not self._episodes or all(episode.done for episode in self._episodes):
+            raise RuntimeError("No episode is running; call reset(prompts) first.")
+        if token_ids.shape != (len(self._episodes),):
+            raise ValueError(f"step takes one token an episode ({len(self._episodes)}), not {tuple(token_ids.shape)}.")
+        count = len(self._episodes)
+        reward = torch.zeros(count)
+        terminated, truncated = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+        info: dict[str, list[str | Score | Picture | None]] = {
+            name: [None] * count for name in ("rewrite", "score", "picture")
+        }
+        for row, (episode, token) in enumerate(zip(self._episodes, token_ids.tolist(), strict=True)):
+            if episode.done:
+                continue
+            episode.tokens.append(token)
+            ended = token in self.policy.end_tokens
+            if not ended and len(episode.tokens) < self.config.sampling.max_new_tokens:
+                continue
+            episode.done = True
+            terminated[row], truncated[row] = ended, not ended
+            group = self.new_group(episode.prompt, self._as_completions(episode, ended), episode.latent_seed)
+            (whole,) = self.score_groups([group], step=0)
+            reward[row] = whole.scores[0].total
+            info["rewrite"][row], info["score"][row] = whole.rewrites[0], whole.scores[0]
+            info["picture"][row] = whole.pictures[0]
+        return self._observation(), reward, terminated, truncated, info
+
+    def _observation(self) -> dict[str, Any]:
+        return {
+            "prompt_ids": [episode.prompt_ids for episode in self._episodes],
+            "token_ids": [torch.tensor(episode.tokens, dtype=torch.long) for episode in self._episodes],
+            "mask": torch.tensor([not episode.done for episode in self._episodes]),
+        }
+
+    def _as_completions(self, episode: _Episode, ended: bool) -> Completions:
+        """A finished episode as a group of one; the environment does not know its log-probabilities."""
+        tokens = torch.tensor([episode.tokens])
+        text = self.policy.tokenizer.decode(episode.tokens, skip_special_tokens=True)
+        unknown = torch.full(tokens.shape, torch.nan)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        return Completions(episode.prompt_ids, tokens, mask, unknown, unknown, None, (text,), torch.tensor([ended]))

@@ -1,0 +1,351 @@
+"""The policy: a vision-language model that rewrites prompts, with its adapter on or off.
+
+With the adapter off it is the reference policy of the KL penalty and, asked about a picture, the judge.
+There is no second copy of the weights unless all of them are trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from .config import PolicyModelConfig, SamplingConfig
+from .rollout import Completions, Picture
+from .sampler import draw, entropy_of, pad_kept, truncate, truncated_logprobs
+from .seeding import seeded_initialization, uniforms
+
+ADAPTER_LAYERS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+Poll = Callable[[], None]
+"""Called often during long work; raises to stop it."""
+
+
+def no_poll() -> None:
+    """Never stops anything."""
+
+
+class PureGRPOPolicy:
+    """A causal vision-language model from ``transformers`` as a GRPO policy.
+
+    Args:
+        model: a model such as ``Qwen2VLForConditionalGeneration``, on its device.
+        processor: its processor (tokenizer, image processor, chat template).
+        config: adapter and template settings.
+        sampling: temperature and truncation; also those of the log-probabilities.
+        seed: of the adapter's initial weights.
+        path: where the model came from, as the user wrote it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        config: PolicyModelConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        path: str,
+    ) -> None:
+        self.processor, self.config, self.sampling = processor, config, sampling
+        self.processor_path = path
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.device: torch.device = next(model.parameters()).device
+        self.end_tokens = _end_tokens(model, self.tokenizer)
+        self.suppressed = _suppressed(model, self.tokenizer, self.end_tokens).to(self.device)
+        self._full_reference: nn.Module | None = None
+        model.requires_grad_(False)
+        if config.adapter == "lora":
+            self.adapted_layers = adapter_layers(model, config.lora.targets)
+            with seeded_initialization(seed):
+                self.model: Any = get_peft_model(
+                    model,
+                    PeftLoraConfig(
+                        r=config.lora.rank,
+                        lora_alpha=config.lora.alpha,
+                        lora_dropout=config.lora.dropout,
+                        target_modules=self.adapted_layers,
+                        task_type="CAUSAL_LM",
+                        base_model_name_or_path=path,
+                    ),
+                )
+        else:
+            self.adapted_layers = []
+            self._full_reference = copy.deepcopy(model).eval()
+            language_model(model).requires_grad_(True)
+            self.model = model
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.model.eval()
+
+    # -- weights -----------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by stable name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, this object is the untrained policy."""
+        if self._full_reference is not None:
+            trained, self.model = self.model, self._full_reference
+            try:
+                yield
+            finally:
+                self.model = trained
+        else:
+            with self.model.disable_adapter():
+                yield
+
+    @property
+    def _base(self) -> Any:
+        """The transformers model itself; its layers carry the adapter in place."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    # -- text --------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: str) -> Tensor:
+        """The template and chat markup around ``prompt`` as token ids, int64 (P,)."""
+        return self._chat_ids(self.config.template.replace("{prompt}", prompt))
+
+    def _chat_text(self, content: str | list[dict[str, str]]) -> str:
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+        if self.config.system:
+            system = [{"type": "text", "text": self.config.system}]
+            messages.insert(0, {"role": "system", "content": system})
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _chat_ids(self, content: str) -> Tensor:
+        ids = self.tokenizer(self._chat_text(content), add_special_tokens=False).input_ids
+        return torch.tensor(ids, dtype=torch.long)
+
+    # -- sampling ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[Sequence[int]],
+        *,
+        greedy: bool = False,
+        poll: Poll = no_poll,
+    ) -> list[Completions]:
+        """Sample completions: one group for each prompt, one completion for each of its seeds.
+
+        Each prompt goes through the model once; its key-value cache is then repeated for its group. Which
+        tokens a rollout gets depends on its own seed alone, not on what else is in the batch (up to rounding).
+        ``greedy`` takes the likeliest token instead. ``poll`` is called before every token.
+
+        Raises:
+            ValueError: if the groups are not equally large, or none are given.
+        """
+        sizes = {len(group) for group in seeds}
+        if len(sizes) != 1 or len(seeds) != len(prompts):
+            raise ValueError(f"sample needs one equally large group of seeds a prompt, not sizes {sorted(sizes)}.")
+        size, limit = sizes.pop(), self.sampling.max_new_tokens
+        prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
+        randoms = uniforms([seed for group in seeds for seed in group], limit).to(self.device)
+        ids, mask, positions = _left_padded(prompt_ids, self._pad_token, self.device)
+        base, rows = self._base, len(prompts) * size
+        poll()
+        output = base.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
+        cache.batch_repeat_interleave(size)
+        hidden = hidden.repeat_interleave(size, dim=0)
+        mask = mask.repeat_interleave(size, dim=0)
+        lengths = mask.sum(dim=1)
+        running = torch.ones(rows, dtype=torch.bool, device=self.device)
+        ends = torch.tensor(self.end_tokens, device=self.device)
+        tokens, logprobs, entropies, kept_sets, masks = [], [], [], [], []
+        for step in range(limit):
+            kept, kept_logprobs = truncate(
+                base.lm_head(hidden),
+                temperature=self.sampling.temperature,
+                top_k=self.sampling.top_k,
+                top_p=self.sampling.top_p,
+                suppressed=self.suppressed,
+            )
+            choice = torch.zeros_like(kept[:, 0]) if greedy else draw(kept_logprobs, randoms[:, step])
+            token = kept.gather(1, choice.unsqueeze(1)).squeeze(1).masked_fill(~running, self._pad_token)
+            tokens.append(token)
+            logprobs.append(kept_logprobs.gather(1, choice.unsqueeze(1)).squeeze(1).masked_fill(~running, 0.0))
+            entropies.append(entropy_of(kept_logprobs).masked_fill(~running, 0.0))
+            kept_sets.append(kept.masked_fill(~running.unsqueeze(1), -1))
+            masks.append(running)
+            running = running & ~torch.isin(token, ends)
+            if not running.any() or step + 1 == limit:
+                break
+            poll()
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            output = base.model(
+                input_ids=token.unsqueeze(1),
+                attention_mask=mask,
+                position_ids=(lengths + step).view(1, rows, 1).expand(3, rows, 1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden = output.last_hidden_state[:, -1]
+        truncated = self.sampling.top_k > 0 or self.sampling.top_p < 1.0
+        columns = (
+            torch.stack(tokens, 1),
+            torch.stack(masks, 1),
+            torch.stack(logprobs, 1),
+            torch.stack(entropies, 1),
+        )
+        kept_all = pad_kept(kept_sets) if truncated else None
+        return [
+            self._completions(prompt_ids[i], *(c[i * size : (i + 1) * size] for c in columns),
+                              None if kept_all is None else kept_all[i * size : (i + 1) * size])
+            for i in range(len(prompts))
+        ]  # fmt: skip
+
+    def _completions(
+        self,
+        prompt: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        entropies: Tensor,
+        kept: Tensor | None,
+    ) -> Completions:
+        """One group, trimmed to its longest completion, on the CPU."""
+        width = int(mask.sum(dim=1).max())
+        tokens, mask, logprobs, entropies = (t[:, :width].cpu() for t in (tokens, mask, logprobs, entropies))
+        if kept is not None:
+            kept = kept[:, :width]
+            kept = kept[..., : int((kept >= 0).sum(dim=-1).max())].cpu()
+        texts = self.tokenizer.batch_decode(
+            [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)], skip_special_tokens=True
+        )
+        last = tokens.gather(1, (mask.sum(dim=1, keepdim=True) - 1)).squeeze(1)
+        finished = torch.isin(last, torch.tensor(self.end_tokens))
+        return Completions(prompt, tokens, mask, logprobs, entropies, kept, tuple(texts), finished)
+
+    def token_text(self, token_ids: Sequence[int]) -> list[str]:
+        """How each token reads by itself."""
+        return [self.tokenizer.decode([token_id]) for token_id in token_ids]
+
+    @property
+    def _pad_token(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_tokens[0]
+
+    # -- log-probabilities -------------------------------------------------------------------------------
+
+    def token_logprobs(self, completions: Completions) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of sampled tokens under the present weights, with gradient.
+
+        Over the same kept sets that were sampled from. Logits are computed for completion tokens only.
+
+        Returns:
+            float32 (G, T) and (G, T) on the policy's device, 0 on padding.
+        """
+        rows, width = completions.token_ids.shape
+        prompt = completions.prompt_ids.expand(rows, -1)
+        tokens, mask = completions.token_ids.to(self.device), completions.mask.to(self.device)
+        ids = torch.cat([prompt.to(self.device), tokens], dim=1)
+        attention = torch.cat([torch.ones_like(prompt, device=self.device), mask.long()], dim=1)
+        positions = torch.arange(ids.shape[1], device=self.device).expand(3, rows, -1)
+        base = self._base
+        output = base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+        start = prompt.shape[1] - 1  # the hidden state that predicts the first completion token
+        hidden = output.last_hidden_state[:, start : start + width][mask]
+        logprobs, entropies = truncated_logprobs(
+            base.lm_head(hidden),
+            tokens[mask],
+            None if completions.kept is None else completions.kept.to(self.device)[mask],
+            temperature=self.sampling.temperature,
+            suppressed=self.suppressed,
+        )
+        zeros = torch.zeros(rows, width, device=self.device)
+        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+
+    # -- judging -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def probability_of_yes(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[float]:
+        """P(Yes) / (P(Yes) + P(No)) when asked whether each picture shows its prompt."""
+        yes, no = (self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("Yes", "No"))
+        out = []
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            question = self.config.question.replace("{prompt}", prompt)
+            text = self._chat_text([{"type": "image"}, {"type": "text", "text": question}])
+            inputs = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.device)
+            hidden = self._base.model(**inputs).last_hidden_state[:, -1]
+            self._base.model.rope_deltas = None  # a cached offset of this picture must not reach text-only calls
+            logits = self._base.lm_head(hidden).float()[0]
+            out.append(float(torch.sigmoid(logits[yes] - logits[no])))
+        return out
+
+
+def language_model(model: Any) -> nn.Module:
+    """The text part of a vision-language model (everything but the vision tower), or the model itself."""
+    inner = getattr(model, "model", model)
+    return getattr(inner, "language_model", inner)
+
+
+def adapter_layers(model: nn.Module, targets: str) -> list[str]:
+    """Full names of the linear layers that get an adapter: the language model's, never the vision tower's.
+
+    Raises:
+        ValueError: if the model has no layer of those names.
+    """
+    pattern = re.compile(rf"(.*\.)?({'|'.join(ADAPTER_LAYERS[targets])})")
+    inside = {id(module) for module in language_model(model).modules()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and pattern.fullmatch(name) and id(module) in inside
+    ]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no layers named {', '.join(ADAPTER_LAYERS[targets])} outside its vision "
+            "tower; train it with models.policy.adapter=full."
+        )
+    return names
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _suppressed(model: Any, tokenizer: Any, end_tokens: Sequence[int]) -> Tensor:
+    """bool (V,): every special token except the end tokens, and rows of the table beyond the vocabulary.
+
+    A sampled vision placeholder would make the model look for a picture that is not there.
+    """
+    size = model.get_output_embeddings().weight.shape[0]
+    suppressed = torch.zeros(size, dtype=torch.bool)
+    suppressed[len(tokenizer) :] = True
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    config = model.config
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        special.add(getattr(config, name, None))
+    suppressed[[i for i in special if i is not None and i < size]] = True
+    suppressed[list(end_tokens)] = False
+    return suppressed
+
+
+def _left_padded(rows: Sequence[Tensor], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (P, L), mask (P, L) and positions (3, P, L) with all rows ending together."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = row
+        mask[index, width - len(row) :] = 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0).expand(3, -1, -1)
+    return ids.to(device), mask.to(device), positions.to(device)

@@ -1,0 +1,94 @@
+"""Truncated sampling, and the exact log-probabilities that belong to it.
+
+Tokens are sampled from logits / temperature, cut to the top-k, then to the nucleus (top-p), renormalised.
+The importance ratio of GRPO compares the *sampled-from* distribution with the same one under new weights,
+so the kept set of every position is recorded and used again. Then the ratio is exactly 1 before the first
+update. Taking log-probabilities of the untruncated distribution instead, as is common, biases every ratio.
+
+Pure tensor functions; float32 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def truncate(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, suppressed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The distribution that is sampled from.
+
+    Args:
+        logits: float (N, V).
+        temperature: divides the logits, > 0.
+        top_k: how many of the likeliest tokens are kept; 0 = all.
+        top_p: the likeliest tokens that together reach this probability are kept (at least one); 1 = all.
+        suppressed: bool (V,), tokens that are never sampled.
+
+    Returns:
+        ``kept`` int64 (N, K), token ids by falling probability, padded with -1; ``logprobs`` float32 (N, K),
+        renormalised, -inf on the padding. K is the largest number of tokens kept in any row.
+    """
+    scaled = logits.float() / temperature
+    if suppressed is not None:
+        scaled = scaled.masked_fill(suppressed, -torch.inf)
+    width = scaled.shape[-1] if top_k == 0 else min(top_k, scaled.shape[-1])
+    values, kept = scaled.topk(width, dim=-1, sorted=True)
+    alive = torch.isfinite(values)
+    if top_p < 1.0:
+        probabilities = values.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens
+        alive &= before < top_p
+        alive[:, 0] = True
+    width = int(alive.sum(dim=-1).max())
+    values, kept, alive = values[:, :width], kept[:, :width], alive[:, :width]
+    logprobs = values.masked_fill(~alive, -torch.inf).log_softmax(dim=-1)
+    return kept.masked_fill(~alive, -1), logprobs
+
+
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the index (N,) whose cumulative probability first exceeds ``uniform`` (N,) in [0, 1)."""
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    scaled = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # rounding must not leave the last bin
+    return torch.searchsorted(cumulative, scaled, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension; -inf entries count nothing."""
+    finite = torch.isfinite(logprobs)
+    safe = torch.where(finite, logprobs, torch.zeros_like(logprobs))
+    return -(torch.where(finite, safe.exp(), torch.zeros_like(safe)) * safe).sum(dim=-1)
+
+
+def truncated_logprobs(
+    logits: Tensor, token_ids: Tensor, kept: Tensor | None, *, temperature: float, suppressed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of given tokens under ``logits``, over the recorded kept sets.
+
+    Args:
+        logits: float (N, V), with gradient where wanted.
+        token_ids: int64 (N,).
+        kept: int64 (N, K) padded with -1, or None when nothing was truncated.
+
+    Returns:
+        float32 (N,) and (N,). A token outside its kept set has log-probability -inf.
+    """
+    scaled = logits.float() / temperature
+    if suppressed is not None:
+        scaled = scaled.masked_fill(suppressed, -torch.inf)
+    if kept is None:
+        logprobs = scaled.log_softmax(dim=-1)
+        return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
+    values = scaled.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -torch.inf)
+    logprobs = values.log_softmax(dim=-1)
+    is_token = kept == token_ids.unsqueeze(-1)
+    chosen = torch.where(is_token, logprobs, torch.zeros_like(logprobs)).sum(dim=-1)
+    return chosen.masked_fill(~is_token.any(dim=-1), -torch.inf), entropy_of(logprobs)
+
+
+def pad_kept(steps: list[Tensor]) -> Tensor:
+    """Kept sets of successive positions, each (N, K_t), as one (N, T, K) padded with -1."""
+    width = max(step.shape[-1] for step in steps)
+    padded = [torch.nn.functional.pad(step, (0, width - step.shape[-1]), value=-1) for step in steps]
+    return torch.stack(padded, dim=1)

@@ -1,0 +1,289 @@
+"""One run from loading to report: the composition of engine, store and checkpoints.
+
+The state machine of a run is walked here, in order: loading, baseline, training, evaluating, finished. A
+resumed run enters where its checkpoint left it. Whoever starts a session (the command line, the app's
+thread) gets the same run.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointState, find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .config import ConfigError, RunConfig
+from .control import RunControl, StopRequested
+from .environment import PureGRPOPromptEnvironment
+from .evaluation import Evaluator, summarise
+from .judge import make_judge
+from .loading import load_environment, read_prompts
+from .placement import Placement, apply_threads, resolve
+from .prompts import Prompt, PromptSet
+from .recorder import Evaluation, EvaluationItem
+from .rollout import Score
+from .store import Store, StoreError
+from .store.recorder import StoreRecorder
+from .store.rows import ENDINGS
+from .trainer import PureGRPOTrainer, TrainingFailed
+
+log = logging.getLogger(__name__)
+
+
+class Plan:
+    """What a run needs, checked before any model loads.
+
+    Raises:
+        ConfigError: prompts, devices or sizes that can't work; one sentence.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.placement: Placement = resolve(config.placement)
+        self.prompts: PromptSet = read_prompts(config)
+        tiers = set(config.data.tiers)
+        chosen = [prompt for prompt in self.prompts.prompts if prompt.tier in tiers]
+        by_split = {name: [p for p in chosen if p.split == name] for name in ("train", "validation", "test")}
+        self.train: list[Prompt] = by_split["train"][: config.data.max_train_prompts or None]
+        self.test = by_split["test"][: config.evaluation.prompts]
+        self.validation = by_split["validation"][: config.evaluation.validation_prompts]
+        needed = config.training.batch_size
+        if len(self.train) < needed:
+            raise ConfigError(
+                f"training.batch_size is {needed}, but data.prompts {config.data.prompts!r} has only {len(self.train)} "
+                f"training prompts in the tiers {', '.join(config.data.tiers)}; add prompts or lower it."
+            )
+        if len(self.test) < 2:
+            raise ConfigError(
+                f"data.prompts {config.data.prompts!r} has {len(self.test)} test prompts in the tiers "
+                f"{', '.join(config.data.tiers)}, but measuring a gain needs at least 2; mark some with split 'test'."
+            )
+        if config.evaluation.every and len(self.validation) < 2:
+            raise ConfigError(
+                f"evaluation.every is {config.evaluation.every}, but data.prompts {config.data.prompts!r} has no "
+                "validation prompts; add some or set evaluation.every to 0."
+            )
+
+
+class Session:
+    """Carries one run of the store through its states.
+
+    Args:
+        store: open for writing.
+        run_id: a run in a state that may go to "loading".
+        control: how others stop or pause it.
+        loaded: an environment to use instead of loading one (tests, or models kept warm).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        control: RunControl,
+        *,
+        loaded: PureGRPOPromptEnvironment | None = None,
+    ) -> None:
+        self.store, self.run_id, self.control, self.loaded = store, run_id, control, loaded
+        self.folder: Path = store.run_dir(run_id)
+        self.config = RunConfig.parse(store.run(run_id).config)
+
+    def run(self) -> str:
+        """Execute the run to its end; returns the final state.
+
+        Every exception becomes the state "failed" with one sentence; the traceback goes to the run's log.
+        """
+        before = self.store.run(self.run_id)
+        resuming = before.resumed_count > 0 or before.state in ENDINGS
+        try:
+            with StoreRecorder(self.store, self.run_id, self.config.recording) as recorder:
+                recorder.state("loading")
+                recorder.flush()
+                self.control.on_hold = lambda held: self._hold(recorder, held)
+                state, message = self._guarded(recorder, resuming)
+                recorder.state(state, message)
+                recorder.flush()
+        except StoreError as error:  # the recorder itself failed, a full disk perhaps: say so past it
+            state = "failed"
+            log.exception("run %s could not be recorded", self.run_id)
+            if self.store.run(self.run_id).active:
+                self.store.set_state(self.run_id, state, str(error))
+        return state
+
+    def _guarded(self, recorder: StoreRecorder, resuming: bool) -> tuple[str, str]:
+        """Run; returns the final state and a sentence on why."""
+        try:
+            self._run(recorder, resuming)
+        except StopRequested:
+            return "stopped", "Stopped on request; it can be resumed."
+        except (ConfigError, TrainingFailed) as error:
+            log.exception("run %s failed", self.run_id)
+            return "failed", str(error)
+        except StoreError:
+            raise
+        except Exception as error:  # the last line of defence: a run must never end without a state
+            log.exception("run %s failed", self.run_id)
+            return "failed", f"{type(error).__name__}: {error}. The full traceback is in grpo_training.log."
+        return "finished", ""
+
+    def _hold(self, recorder: StoreRecorder, held: bool) -> None:
+        """Show a pause for as long as it lasts; called by the trainer's own thread, so states stay in order."""
+        if held:
+            recorder.flush()
+            self._state_before_hold = self.store.run(self.run_id).state
+            if self._state_before_hold != "loading":
+                recorder.state("paused")
+        elif self._state_before_hold != "loading":
+            recorder.state(self._state_before_hold)
+
+    # -- the states --------------------------------------------------------------------------------------
+
+    def _run(self, recorder: StoreRecorder, resuming: bool) -> None:
+        plan = Plan(self.config)
+        apply_threads(self.config)
+        environment = self.loaded or load_environment(self.config, plan.placement, recorder.phase)
+        self.control.poll()
+        recorder.event("placement", plan.placement.describe())
+        policy = environment.policy
+        recorder.token_text = policy.token_text
+        if policy.adapted_layers:
+            count = sum(p.numel() for p in policy.trainable().values())
+            recorder.event("adapter", f"LoRA on {len(policy.adapted_layers)} layers, {count:,} parameters.")
+        judge = make_judge(self.config.evaluation.judge, plan.test, policy)
+        evaluator = Evaluator(environment, judge, plan.test, self.config)
+        trainer = PureGRPOTrainer(
+            self.config, environment, plan.train, recorder, self.control,
+            after_step=lambda step, metrics: self._after_step(trainer, recorder, plan, step, metrics),
+        )  # fmt: skip
+        if resuming:
+            self._restore(trainer, recorder)
+        baseline = self._recorded("baseline")
+        if baseline is None:
+            recorder.state("baseline")
+            baseline = self._measure("baseline", 0, evaluator, recorder, trained=False)
+        if trainer.step < self.config.training.steps:
+            recorder.state("training")
+            try:
+                trainer.train()
+            except StopRequested:
+                recorder.flush()
+                if trainer.step:
+                    self._save(trainer, recorder, {})
+                raise
+        recorder.state("evaluating")
+        items = self._measure("final", trainer.step, evaluator, recorder, trained=True, beside=baseline)
+        summary = summarise(items, self.config)
+        if "sentence" in summary:
+            recorder.event("report", summary["sentence"])
+
+    def _restore(self, trainer: PureGRPOTrainer, recorder: StoreRecorder) -> None:
+        """Put the trainer where the last checkpoint was, and the store too; without one, begin anew."""
+        state: CheckpointState | None = None
+        if (self.folder / "checkpoints").is_dir() and any((self.folder / "checkpoints").glob("step-*")):
+            found = find_checkpoint(self.folder, "last")
+            if found.note:
+                recorder.event("warning", found.note)
+            state = load_checkpoint(found.path, trainer.policy, trainer.optimizer)
+            trainer.step = state.step
+            trainer.bad_steps = int(state.extra.get("bad_steps", 0))
+        recorder.flush()
+        self.store.truncate_after(self.run_id, trainer.step)
+        recorder.event("resumed", f"Continuing after step {trainer.step}.")
+
+    def _after_step(
+        self,
+        trainer: PureGRPOTrainer,
+        recorder: StoreRecorder,
+        plan: Plan,
+        step: int,
+        metrics: dict[str, float | None],
+    ) -> None:
+        every = self.config.evaluation.every
+        if (every and step % every == 0 and step < self.config.training.steps) or self.control.take("evaluate"):
+            prompts = plan.validation or plan.test
+            judge = make_judge(self.config.evaluation.judge, prompts, trainer.policy)
+            evaluator = Evaluator(trainer.environment, judge, prompts, self.config)
+            recorder.state("evaluating")
+            items = [item for arm in evaluator.arms(trained=False) + evaluator.arms(trained=True)
+                     for item in evaluator.measure(arm, poll=self.control.poll, told=recorder.phase)]  # fmt: skip
+            split = "validation" if plan.validation else "test"
+            recorder.evaluation(Evaluation("validation", step, split, items, summarise(items, self.config)))
+            recorder.state("training")
+        due = step % self.config.recording.checkpoint_every == 0 or step == self.config.training.steps
+        if due or self.control.take("save"):
+            self._save(trainer, recorder, metrics)
+
+    def _save(self, trainer: PureGRPOTrainer, recorder: StoreRecorder, metrics: dict[str, float | None]) -> None:
+        """A checkpoint, never newer than what is recorded."""
+        recorder.flush()
+        save_checkpoint(
+            self.folder,
+            policy=trainer.policy,
+            optimizer=trainer.optimizer,
+            step=trainer.step,
+            config=self.config,
+            metrics=metrics,
+            extra={"bad_steps": trainer.bad_steps},
+        )
+        prune(self.folder, self.config.recording.keep_checkpoints)
+        recorder.event("checkpoint", f"Saved the policy after step {trainer.step}.")
+
+    def _measure(
+        self,
+        kind: str,
+        step: int,
+        evaluator: Evaluator,
+        recorder: StoreRecorder,
+        *,
+        trained: bool,
+        beside: list[EvaluationItem] | None = None,
+    ) -> list[EvaluationItem]:
+        """Measure the baseline's or the trained arms and record them; ``beside`` joins the summary."""
+        items: list[EvaluationItem] = []
+        for arm in evaluator.arms(trained):
+            items.extend(evaluator.measure(arm, poll=self.control.poll, told=recorder.phase))
+        everything = [*(beside or []), *items]
+        recorder.evaluation(Evaluation(kind, step, "test", items, summarise(everything, self.config)))
+        return [replace(item, picture=None) for item in everything]
+
+    def _recorded(self, kind: str) -> list[EvaluationItem] | None:
+        """Items of an evaluation that an earlier session of this run already made, without pictures."""
+        for row in self.store.evaluations(self.run_id):
+            if row.kind == kind:
+                return [_as_item(item) for item in self.store.evaluation_items(row.id)]
+        return None
+
+
+def _as_item(row: Any) -> EvaluationItem:
+    return EvaluationItem(
+        arm=row.arm,
+        prompt_id=row.prompt_id,
+        prompt=row.prompt,
+        tier=row.tier,
+        index=row.index,
+        latent_seed=row.latent_seed,
+        rewrite=row.rewrite,
+        score=Score(dict(row.parts), row.reward),
+        judge=row.judge,
+        judge_parts=row.judge_parts,
+        picture=None,
+    )
+
+
+def evaluate_run(store: Store, run_id: str, which: Any = "last", prompts: str = "") -> dict[str, Any]:
+    """Measure all arms of a run's saved policy again and return the summary; the run itself is not changed.
+
+    ``prompts`` names another prompt set; its test prompts are then measured.
+    """
+    config = RunConfig.parse(store.run(run_id).config)
+    if prompts:
+        config = RunConfig.parse(config.model_dump() | {"data": config.data.model_dump() | {"prompts": prompts}})
+    plan = Plan(config)
+    found = find_checkpoint(store.run_dir(run_id), which)
+    apply_threads(config)
+    environment = load_environment(config, plan.placement)
+    load_checkpoint(found.path, environment.policy)
+    judge = make_judge(config.evaluation.judge, plan.test, environment.policy)
+    evaluator = Evaluator(environment, judge, plan.test, config)
+    arms = [*evaluator.arms(trained=False), *evaluator.arms(trained=True)]
+    return summarise([item for arm in arms for item in evaluator.measure(arm)], config)

@@ -1,0 +1,334 @@
+"""The GRPO loop (arXiv 2402.03300): sample groups, render, score, normalise inside the group, update.
+
+There is no value network: a group's own mean is the baseline. The trainer is given an environment, a
+recorder and a control; it knows no database, no file layout and no user interface.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import RunConfig
+from .control import RunControl
+from .environment import PureGRPOPromptEnvironment
+from .objective import (
+    aggregate_size,
+    aggregate_sum,
+    clipped_tokens,
+    group_advantages,
+    kl_estimate,
+    policy_loss,
+    zero_spread_groups,
+)
+from .prompts import Prompt
+from .recorder import Recorder
+from .rollout import Group, mean_length
+from .seeding import numpy_generator
+
+RATIO_TOLERANCE = 1e-4
+
+
+class TrainingFailed(RuntimeError):
+    """Training can't go on; the message is one plain sentence."""
+
+
+class PureGRPOTrainer:
+    """Trains the environment's policy.
+
+    Args:
+        config: of the run.
+        environment: policy, image model and reward.
+        prompts: the training prompts.
+        recorder: told about every step.
+        control: polled for stop and pause.
+        after_step: called with (step, metrics) after each recorded step, for checkpoints and evaluations.
+
+    Raises:
+        ValueError: if there are fewer training prompts than a step needs.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        environment: PureGRPOPromptEnvironment,
+        prompts: Sequence[Prompt],
+        recorder: Recorder,
+        control: RunControl,
+        after_step: Callable[[int, dict[str, float | None]], None] = lambda step, metrics: None,
+    ) -> None:
+        if len(prompts) < config.training.batch_size:
+            raise ValueError(
+                f"A step needs training.batch_size = {config.training.batch_size} different prompts, but the prompt "
+                f"set has only {len(prompts)} to train on; add prompts or lower training.batch_size."
+            )
+        self.config, self.environment, self.prompts = config, environment, list(prompts)
+        self.policy = environment.policy
+        self.recorder, self.control, self.after_step = recorder, control, after_step
+        self.parameters = list(self.policy.trainable().values())
+        training = config.training
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            weight_decay=training.weight_decay,
+        )
+        self.step = 0
+        self.bad_steps = 0
+        self._seconds: dict[str, float] = {}
+
+    # -- the loop ----------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run from the present step to the last.
+
+        Raises:
+            StopRequested: when asked to stop; the steps recorded so far stand.
+            TrainingFailed: after too many steps in a row without a finite update.
+        """
+        while self.step < self.config.training.steps:
+            self.control.poll()
+            step = self.step + 1
+            self._seconds = defaultdict(float)
+            begun = time.perf_counter()
+
+            groups, resampled = self.collect(step)
+            self.assign_advantages(groups)
+            update = self.update(groups, step)
+
+            metrics = self._metrics(groups, update, resampled, time.perf_counter() - begun)
+            with self._timed("record"):
+                self.recorder.step(step, metrics, groups)
+            self.step = step
+            self.after_step(step, metrics)
+            if self.bad_steps >= self.config.training.max_bad_steps:
+                raise TrainingFailed(
+                    f"The loss or its gradient was not a finite number in {self.bad_steps} steps in a row; the last "
+                    "good checkpoint is kept. Lower training.learning_rate, or use models.policy.dtype=float32."
+                )
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of ``step``: a fresh seeded order each epoch, all prompts of a step different."""
+        size = self.config.training.batch_size
+        per_epoch = len(self.prompts) // size
+        epoch, place = divmod(step - 1, per_epoch)
+        order = numpy_generator(self.config.seed, "order", epoch).permutation(len(self.prompts))
+        return [self.prompts[i] for i in order[place * size : (place + 1) * size]]
+
+    def collect(self, step: int) -> tuple[list[Group], int]:
+        """Scored groups for one step, and how many were thrown away for lack of spread (dynamic sampling)."""
+        groups = list(self._rollout(self.batch(step), step, attempt=0))
+        resampled = 0
+        spare = self._spares(step, groups)
+        for attempt in range(1, self.config.objective.dynamic_sampling + 1):
+            dead = [i for i, flat in enumerate(self._flat(groups)) if flat]
+            chosen = [prompt for prompt, _ in zip(spare, dead, strict=False)]
+            if not chosen:
+                break
+            for index, group in zip(dead, self._rollout(chosen, step, attempt), strict=False):
+                groups[index] = group
+                resampled += 1
+        return groups, resampled
+
+    def _spares(self, step: int, groups: Sequence[Group]) -> Iterator[Prompt]:
+        """Prompts that are not part of the step, in a seeded order."""
+        used = {group.prompt.id for group in groups}
+        order = numpy_generator(self.config.seed, "spare", step).permutation(len(self.prompts))
+        return (self.prompts[i] for i in order if self.prompts[i].id not in used)
+
+    def _rollout(self, prompts: Sequence[Prompt], step: int, attempt: int) -> Iterator[Group]:
+        for group in self.environment.rollout(
+            prompts,
+            self.config.sampling.num_rollouts,
+            step,
+            attempt=attempt,
+            poll=self.control.poll,
+            on_phase=self.recorder.phase,
+        ):
+            for phase, seconds in group.seconds.items():
+                self._seconds[phase] += seconds
+            yield group
+
+    def _flat(self, groups: Sequence[Group]) -> list[bool]:
+        objective = self.config.objective
+        rewards = torch.stack([group.rewards for group in groups])
+        return zero_spread_groups(rewards, objective.min_std, unbiased=objective.unbiased).tolist()
+
+    def assign_advantages(self, groups: Sequence[Group]) -> None:
+        """Set every group's advantages from the rewards of the step."""
+        objective = self.config.objective
+        advantages = group_advantages(
+            torch.stack([group.rewards for group in groups]),
+            scale=objective.scale,
+            baseline=objective.baseline,
+            eps=objective.epsilon,
+            unbiased=objective.unbiased,
+            min_std=objective.min_std,
+        )
+        for group, values in zip(groups, advantages, strict=True):
+            group.advantages = values
+
+    # -- the update --------------------------------------------------------------------------------------
+
+    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Optimise on ``groups``: inner_epochs passes of minibatches of whole groups; returns mean figures."""
+        self.recorder.phase("updating", 0, len(groups))
+        totals: dict[str, float] = defaultdict(float)
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        count = 0
+        with self._timed("update"):
+            for epoch in range(self.config.training.inner_epochs):
+                for number, part in enumerate(self._minibatches(groups, step, epoch)):
+                    figures = self._optimise(part, first=epoch == 0 and number == 0)
+                    for name, value in figures.items():
+                        totals[name] += value
+                    count += 1
+        self.bad_steps = self.bad_steps + 1 if totals["skipped"] else 0
+        mean = {name: value / count for name, value in totals.items()}
+        return mean | {
+            "learning_rate": rate,
+            "skipped": float(totals["skipped"] > 0),
+            "ratio_error": totals["ratio_error"],
+        }
+
+    def _minibatches(self, groups: Sequence[Group], step: int, epoch: int) -> list[list[Group]]:
+        count = self.config.training.minibatches
+        order: Sequence[int] = range(len(groups))
+        if count > 1:
+            order = numpy_generator(self.config.seed, "minibatch", step, epoch).permutation(len(groups)).tolist()
+        return [[groups[i] for i in part] for part in np.array_split(np.asarray(order), count)]
+
+    def learning_rate(self, step: int) -> float:
+        """AdamW's rate at ``step`` (from 1): linear warm-up, then the schedule."""
+        training = self.config.training
+        if step <= training.warmup_steps:
+            return training.learning_rate * step / training.warmup_steps
+        if training.schedule == "constant":
+            return training.learning_rate
+        share = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+        left = 1.0 - share if training.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+        return training.learning_rate * left
+
+    def _optimise(self, groups: Sequence[Group], *, first: bool) -> dict[str, float]:
+        """One optimiser step, its gradient accumulated group by group.
+
+        Every loss is a sum over tokens or sequences divided by a size known beforehand, so how the groups are
+        cut into forward passes never changes the gradient. A group without spread is left out of the backward
+        pass, but counts in that size: a step that learns from fewer groups is a smaller step.
+        """
+        objective = self.config.objective
+        how, longest = objective.aggregation, self.config.sampling.max_new_tokens
+        size = sum(aggregate_size(g.completions.mask, how=how, max_tokens=longest) for g in groups)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.model.train()
+        sums: dict[str, float] = defaultdict(float)
+        for group, flat in zip(groups, self._flat(groups), strict=True):
+            self.control.poll()
+            rows = self.config.training.update_rows or len(group)
+            kl_rows = []
+            for start in range(0, len(group), rows):
+                part = slice(start, start + rows)
+                loss, kl = self._part_loss(group, part, size, sums, first=first, learn=not flat)
+                kl_rows.append(kl)
+                if not flat:
+                    loss.backward()
+            group.kl = torch.cat(kl_rows)
+        self.policy.model.eval()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)
+        good = bool(torch.isfinite(norm)) and math.isfinite(sums["total_loss"])
+        if good:
+            self.optimizer.step()
+        else:
+            self.recorder.event("skipped_step", "The loss or its gradient was not finite; the update was skipped.")
+        tokens = max(1.0, sums.pop("tokens"))
+        for name in ("kl_penalty", "entropy", "clip_low_fraction", "clip_high_fraction"):
+            sums[name] /= tokens
+        return {**sums, "grad_norm": float(norm), "skipped": float(not good)}
+
+    def _part_loss(
+        self, group: Group, part: slice, size: int, sums: dict[str, float], *, first: bool, learn: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of some rows of a group (their share of the whole), and their per-token KL (rows, T) on the CPU."""
+        objective = self.config.objective
+        rows = group.completions.rows(part)
+        device = self.policy.device
+        mask, old = rows.mask.to(device), rows.logprobs.to(device)
+        advantages = group.advantages[part].to(device)
+        with torch.no_grad(), self.policy.reference():
+            reference, _ = self.policy.token_logprobs(rows)
+        with torch.set_grad_enabled(learn):
+            logprobs, entropies = self.policy.token_logprobs(rows)
+            low, high = objective.clips
+            policy = policy_loss(logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high)
+            kl = kl_estimate(logprobs, reference, kind=objective.kl_estimator)
+            combined = policy + objective.kl_coef * kl - objective.entropy_coef * entropies
+            how = objective.aggregation
+            loss = aggregate_sum(combined, mask, how=how) / size
+        with torch.no_grad():
+            clipped_low, clipped_high = clipped_tokens(
+                logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high
+            )
+            if first:
+                error = float(((logprobs - old).exp() - 1.0)[mask].abs().max())
+                sums["ratio_error"] = max(sums["ratio_error"], error)
+            sums["total_loss"] += float(loss)
+            sums["policy_loss"] += float(aggregate_sum(policy, mask, how=how) / size)
+            sums["tokens"] += float(mask.sum())
+            sums["kl_penalty"] += float(kl[mask].sum())
+            sums["entropy"] += float(entropies[mask].sum())
+            sums["clip_low_fraction"] += float(clipped_low.sum())
+            sums["clip_high_fraction"] += float(clipped_high.sum())
+        return loss, torch.where(mask, kl, 0.0).detach().cpu()
+
+    # -- figures -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - begun
+
+    def _metrics(
+        self, groups: Sequence[Group], update: dict[str, float], resampled: int, seconds: float
+    ) -> dict[str, float | None]:
+        """The figures of one step, named and described in ``recorder.STEP_METRICS``."""
+        rewards = torch.stack([group.rewards for group in groups]).double()
+        advantages = torch.stack([group.advantages for group in groups]).double()
+        rewrites = [rewrite for group in groups for rewrite in group.rewrites if rewrite is not None]
+        parts: dict[str, list[float]] = defaultdict(list)
+        for group in groups:
+            for score in group.scores:
+                for name, value in score.parts.items():
+                    parts[name].append(value)
+        finished = torch.cat([group.completions.finished for group in groups])
+        figures: dict[str, Any] = {
+            **{f"reward_{name}": float(np.mean(values)) for name, values in parts.items()},
+            "reward_mean": float(rewards.mean()),
+            "reward_std": float(rewards.std(dim=1, correction=0).mean()),
+            "reward_p10": float(rewards.quantile(0.1)),
+            "reward_p90": float(rewards.quantile(0.9)),
+            "avg_advantage": float(advantages.mean()),
+            "advantage_p10": float(advantages.quantile(0.1)),
+            "advantage_p90": float(advantages.quantile(0.9)),
+            "zero_spread_share": float(np.mean(self._flat(groups))),
+            "resampled_groups": float(resampled),
+            "completion_tokens": mean_length(groups),
+            "rewrite_words": float(np.mean([len(text.split()) for text in rewrites])) if rewrites else None,
+            "truncated_share": float((~finished).double().mean()),
+            "distinct_share": float(np.mean([len(set(group.rewrites)) / len(group) for group in groups])),
+            "parse_failures": float(sum(group.failures for group in groups)),
+            "images_rendered": float(sum(len(set(g.rewrites) - {None}) for g in groups)),
+            "seconds": seconds,
+            **{f"seconds_{phase}": value for phase, value in self._seconds.items()},
+        }
+        return figures | update
