@@ -149,7 +149,7 @@ class ModelsConfig(Section):
     reward: RewardModelConfig = RewardModelConfig()
 
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class PlacementConfig(Section):

@@ -26,7 +26,7 @@ GIB = 2**30
 def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
     """Devices, memory, versions and problems, as plain data. Nothing is loaded or changed."""
     problems: list[str] = []
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

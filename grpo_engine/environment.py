@@ -34,7 +34,7 @@ def parse_rewrite(completion: str) -> str | None:
     None where there is no letter or digit in it. A failure is counted and shown, never replaced by something else.
     """
     for line in completion.splitlines():
-        text = " ".join(line.split()).strip(QUOTES).strip()
+        text = " ".join(line.split()).strip(QUOTES + " ")
         if any(character.isalnum() for character in text):
             return text
     return None

@@ -60,13 +60,11 @@ class StableDiffusion3:
         return [pictures[job] for job in jobs]
 
     def cut_words(self, text: str) -> int:
-        """See :class:`ImageModel`. With T5 the longer of the two limits counts."""
-        tokenizer = self.pipeline.tokenizer
-        limit = tokenizer.model_max_length
+        """See :class:`ImageModel`. Where CLIP and T5 both read, what either of them reads is read."""
+        readers = [(self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)]
         if self.pipeline.text_encoder_3 is not None:
-            tokenizer = self.pipeline.tokenizer_3
-            limit = self.config.max_sequence_length
-        return max(0, len(tokenizer(text, truncation=False).input_ids) - limit)
+            readers.append((self.pipeline.tokenizer_3, self.config.max_sequence_length))
+        return min(max(0, len(read(text, truncation=False).input_ids) - limit) for read, limit in readers)
 
     @torch.no_grad()
     def _render_batch(self, jobs: Sequence[RenderJob], poll: Poll) -> list[Picture]:
@@ -113,17 +111,19 @@ class StableDiffusion3:
 
     def _embed(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token states (B, L, D) and pooled vectors (B, D) of ``texts``, each distinct text encoded once."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
-        if missing:
-            states, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=missing,
-                prompt_2=missing,
-                prompt_3=missing,
-                device=self.pipeline.transformer.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.config.max_sequence_length,
-            )
-            self._embeddings |= zip(missing, zip(states, pooled, strict=True), strict=True)
+        for text in dict.fromkeys(texts):
+            if text not in self._embeddings:
+                # One at a time: in a batch the rounding of a row depends on the batch's size, so what the cache
+                # holds would depend on what else was asked for, and a resumed run would not be the same run.
+                states, _, pooled, _ = self.pipeline.encode_prompt(
+                    prompt=text,
+                    prompt_2=text,
+                    prompt_3=text,
+                    device=self.pipeline.transformer.device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.config.max_sequence_length,
+                )
+                self._embeddings[text] = (states[0], pooled[0])
         found = [self._embeddings[text] for text in texts]
         for text in texts:
             self._embeddings.move_to_end(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from .environment import PureGRPOPromptEnvironment
 from .image_model import ImageModel, load_image_model
 from .placement import Placement, compute_dtype, resolve
 from .policy import PureGRPOPolicy
-from .prompts import PromptError, PromptSet, load_prompts
+from .prompts import PromptError, PromptSet, TokenLimit, load_prompts
 from .reward import RewardModel, load_clip_scorer
 from .seeding import derive_seed
 from .tiny import WEIGHTS
@@ -41,7 +42,7 @@ def read_prompts(config: RunConfig) -> PromptSet:
             f"shipped are {shipped}."
         )
     try:
-        prompts = load_prompts(path, max_chars=config.data.max_prompt_chars)
+        prompts = load_prompts(path, max_chars=config.data.max_prompt_chars, token_limit=prompt_token_limit(config))
     except PromptError as error:
         raise ConfigError(f"data.prompts: {error}") from error
     return prompts
@@ -59,6 +60,30 @@ def model_folder(path: str, part: str) -> str:
     if not folder.is_dir():
         raise ConfigError(f"The embedded models are missing in {folder}; run 'python -m grpo_engine.tiny.build' first.")
     return str(folder)
+
+
+def prompt_token_limit(config: RunConfig) -> TokenLimit:
+    """How many tokens of a prompt the reward reads: it would score pictures against a silently cut prompt.
+
+    Reads the tokenizer only, no model.
+    """
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(reward_name(config))
+    limit = int(tokenizer.context_length)
+
+    def count(text: str) -> tuple[int, int]:
+        if hasattr(tokenizer, "encode"):  # open_clip's own; the two end tokens are added later
+            return len(tokenizer.encode(text)) + 2, limit
+        return len(tokenizer.tokenizer(text).input_ids), limit
+
+    return count
+
+
+def reward_name(config: RunConfig) -> str:
+    """What open_clip calls the reward model: a built-in name, or ``local-dir:`` and a folder."""
+    path = model_folder(config.models.reward.path, "reward")
+    return f"local-dir:{path}" if Path(path).is_dir() else path
 
 
 def quiet_libraries() -> None:
@@ -80,9 +105,10 @@ def load_policy(config: RunConfig, device: torch.device) -> PureGRPOPolicy:
     settings = config.models.policy
     folder = model_folder(settings.path, "policy")
     processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=compute_dtype(settings.dtype, device)).to(device)
+    dtype = compute_dtype(settings.dtype, device)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     seed = derive_seed(config.seed, "adapter")
-    return PureGRPOPolicy(model, processor, settings, config.sampling, seed=seed, path=settings.path)
+    return PureGRPOPolicy(model.to(device), processor, settings, config.sampling, seed=seed, path=settings.path)
 
 
 def load_images(config: RunConfig, device: torch.device) -> ImageModel:
@@ -97,10 +123,9 @@ def load_images(config: RunConfig, device: torch.device) -> ImageModel:
 def load_reward(config: RunConfig, device: torch.device) -> RewardModel:
     """Load the CLIP scorer with the reward's weights."""
     settings = config.models.reward
-    path = model_folder(settings.path, "reward")
-    if Path(path).is_dir():
-        path = f"local-dir:{path}"
-    return RewardModel(load_clip_scorer(path, settings, device, compute_dtype(settings.dtype, device)), settings)
+    return RewardModel(
+        load_clip_scorer(reward_name(config), settings, device, compute_dtype(settings.dtype, device)), settings
+    )
 
 
 def load_environment(

@@ -24,10 +24,7 @@ class Placement:
 
 def available_devices() -> list[str]:
     """Names that a placement may use here, best first."""
-    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        names.append("mps")
-    return [*names, "cpu"]
+    return [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
 
 
 def resolve(config: PlacementConfig) -> Placement:

@@ -67,12 +67,13 @@ class PureGRPOPolicy:
         model.requires_grad_(False)
         if config.adapter == "lora":
             self.adapted_layers = adapter_layers(model, config.lora.targets)
+            alpha: Any = config.lora.alpha  # PEFT is annotated int, but scales by alpha / rank for any number
             with seeded_initialization(seed):
                 self.model: Any = get_peft_model(
                     model,
                     PeftLoraConfig(
                         r=config.lora.rank,
-                        lora_alpha=config.lora.alpha,
+                        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
                         lora_dropout=config.lora.dropout,
                         target_modules=self.adapted_layers,
                         task_type="CAUSAL_LM",
@@ -83,6 +84,7 @@ class PureGRPOPolicy:
             self.adapted_layers = []
             self._full_reference = copy.deepcopy(model).eval()
             language_model(model).requires_grad_(True)
+            model.get_output_embeddings().requires_grad_(True)
             self.model = model
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -116,7 +118,14 @@ class PureGRPOPolicy:
     # -- text --------------------------------------------------------------------------------------------
 
     def prompt_ids(self, prompt: str) -> Tensor:
-        """The template and chat markup around ``prompt`` as token ids, int64 (P,)."""
+        """The template and chat markup around ``prompt`` as token ids, int64 (P,).
+
+        Raises:
+            ValueError: ``prompt`` holds a special token's text, which would become chat markup.
+        """
+        for special in self.tokenizer.all_special_tokens:
+            if special in prompt:
+                raise ValueError(f"The prompt has {special!r}, which is markup of the policy's chat; remove it.")
         return self._chat_ids(self.config.template.replace("{prompt}", prompt))
 
     def _chat_text(self, content: str | list[dict[str, str]]) -> str:
@@ -152,7 +161,7 @@ class PureGRPOPolicy:
             ValueError: if the groups are not equally large, or none are given.
         """
         sizes = {len(group) for group in seeds}
-        if len(sizes) != 1 or len(seeds) != len(prompts):
+        if len(sizes) != 1 or 0 in sizes or len(seeds) != len(prompts):
             raise ValueError(f"sample needs one equally large group of seeds a prompt, not sizes {sorted(sizes)}.")
         size, limit = sizes.pop(), self.sampling.max_new_tokens
         prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
@@ -198,18 +207,23 @@ class PureGRPOPolicy:
             )
             hidden = output.last_hidden_state[:, -1]
         truncated = self.sampling.top_k > 0 or self.sampling.top_p < 1.0
-        columns = (
-            torch.stack(tokens, 1),
-            torch.stack(masks, 1),
-            torch.stack(logprobs, 1),
-            torch.stack(entropies, 1),
-        )
-        kept_all = pad_kept(kept_sets) if truncated else None
-        return [
-            self._completions(prompt_ids[i], *(c[i * size : (i + 1) * size] for c in columns),
-                              None if kept_all is None else kept_all[i * size : (i + 1) * size])
-            for i in range(len(prompts))
-        ]  # fmt: skip
+        all_tokens, all_masks = torch.stack(tokens, 1), torch.stack(masks, 1)
+        all_logprobs, all_entropies = torch.stack(logprobs, 1), torch.stack(entropies, 1)
+        all_kept = pad_kept(kept_sets) if truncated else None
+        groups = []
+        for index, prompt in enumerate(prompt_ids):
+            own = slice(index * size, (index + 1) * size)
+            groups.append(
+                self._completions(
+                    prompt,
+                    all_tokens[own],
+                    all_masks[own],
+                    all_logprobs[own],
+                    all_entropies[own],
+                    None if all_kept is None else all_kept[own],
+                )
+            )
+        return groups
 
     def _completions(
         self,

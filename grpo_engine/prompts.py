@@ -35,6 +35,9 @@ from grpo_engine.prompt_rows import CORE_KEYS, KINDS, LISTED, READERS, Kind, Row
 
 Tier = Literal["basic", "challenging", "complex"]
 Split = Literal["train", "validation", "test"]
+CHAT_MARKUP = re.compile(r"<\|[^|<>\s]{1,40}\|>")
+"""Text that a tokenizer could take for one of its special tokens, such as an end of turn."""
+
 TokenLimit = Callable[[str], tuple[int, int]]
 """Of a text: how many tokens it has, and how many the model reads."""
 
@@ -309,6 +312,8 @@ class _Builder:
             if unicodedata.category(char) in ("Cc", "Zl", "Zp"):
                 code = f"U+{ord(char):04X}"
                 return f"the text has a control character, {code} at position {position}; remove it."
+        if markup := CHAT_MARKUP.search(text):
+            return f"the text has {markup[0]!r}, which is markup of a language model's chat; remove it."
         if self.token_limit is not None:
             tokens, limit = self.token_limit(text)
             if tokens > limit:

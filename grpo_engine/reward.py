@@ -58,10 +58,10 @@ class ClipScorer:
         return ((batch - self._mean) / self._std).to(self._dtype)
 
     def _text_features(self, prompts: Sequence[str]) -> Tensor:
-        missing = [text for text in dict.fromkeys(prompts) if text not in self._texts]
-        if missing:
-            features = self.model.encode_text(self.tokenizer(missing).to(self.device))
-            self._texts |= zip(missing, F.normalize(features.float(), dim=-1), strict=True)
+        for text in dict.fromkeys(prompts):
+            if text not in self._texts:  # one at a time, so that a text's features never depend on its neighbours
+                features = self.model.encode_text(self.tokenizer([text]).to(self.device))
+                self._texts[text] = F.normalize(features.float(), dim=-1)[0]
         return torch.stack([self._texts[text] for text in prompts])
 
 

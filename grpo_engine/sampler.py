@@ -29,6 +29,9 @@ def truncate(
     Returns:
         ``kept`` int64 (N, K), token ids by falling probability, padded with -1; ``logprobs`` float32 (N, K),
         renormalised, -inf on the padding. K is the largest number of tokens kept in any row.
+
+    Raises:
+        ValueError: a row has no finite logit.
     """
     scaled = logits.float() / temperature
     if suppressed is not None:
@@ -40,7 +43,9 @@ def truncate(
         probabilities = values.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens
         alive &= before < top_p
-        alive[:, 0] = True
+        alive[:, 0] = torch.isfinite(values[:, 0])
+    if not alive.any(dim=-1).all():
+        raise ValueError("The policy gave logits that are not numbers; use models.policy.dtype=float32 or bfloat16.")
     width = int(alive.sum(dim=-1).max())
     values, kept, alive = values[:, :width], kept[:, :width], alive[:, :width]
     logprobs = values.masked_fill(~alive, -torch.inf).log_softmax(dim=-1)

@@ -130,7 +130,7 @@ class PureGRPOTrainer:
         spare = self._spares(step, groups)
         for attempt in range(1, self.config.objective.dynamic_sampling + 1):
             dead = [i for i, flat in enumerate(self._flat(groups)) if flat]
-            chosen = [prompt for prompt, _ in zip(spare, dead, strict=False)]
+            chosen = [prompt for _, prompt in zip(dead, spare, strict=False)]
             if not chosen:
                 break
             for index, group in zip(dead, self._rollout(chosen, step, attempt), strict=False):
@@ -230,20 +230,22 @@ class PureGRPOTrainer:
         how, longest = objective.aggregation, self.config.sampling.max_new_tokens
         size = sum(aggregate_size(g.completions.mask, how=how, max_tokens=longest) for g in groups)
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.model.train()
         sums: dict[str, float] = defaultdict(float)
-        for group, flat in zip(groups, self._flat(groups), strict=True):
-            self.control.poll()
-            rows = self.config.training.update_rows or len(group)
-            kl_rows = []
-            for start in range(0, len(group), rows):
-                part = slice(start, start + rows)
-                loss, kl = self._part_loss(group, part, size, sums, first=first, learn=not flat)
-                kl_rows.append(kl)
-                if not flat:
-                    loss.backward()
-            group.kl = torch.cat(kl_rows)
-        self.policy.model.eval()
+        self.policy.model.train()
+        try:
+            for group, flat in zip(groups, self._flat(groups), strict=True):
+                self.control.poll()
+                rows = self.config.training.update_rows or len(group)
+                kl_rows = []
+                for start in range(0, len(group), rows):
+                    part = slice(start, start + rows)
+                    loss, kl = self._part_loss(group, part, size, sums, first=first, learn=not flat)
+                    kl_rows.append(kl)
+                    if not flat:
+                        loss.backward()
+                group.kl = torch.cat(kl_rows)
+        finally:
+            self.policy.model.eval()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)
         good = bool(torch.isfinite(norm)) and math.isfinite(sums["total_loss"])
         if good:

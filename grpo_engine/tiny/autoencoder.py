@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ def train_autoencoder(
 ) -> AutoencoderKL:
     """Reconstruction by absolute and squared error, with a faint pull of the latents towards N(0, 1)."""
     torch.manual_seed(int(rng_for(seed, "autoencoder", "init").integers(2**31)))
-    model = new_autoencoder().to(device, memory_format=torch.channels_last)
+    model: Any = new_autoencoder()
+    model = model.to(device, memory_format=torch.channels_last)
     with torch.no_grad():  # start nearly noiseless: at variance 1 the decoder learns to ignore its input
         bias = model.encoder.conv_out.bias
         bias[len(bias) // 2 :] = -6.0
@@ -90,8 +92,8 @@ def train_autoencoder(
     return model
 
 
-def encode_pictures(model: AutoencoderKL, pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Mean latents of ``pictures``, normalised as SD3 does: float32 (N, 16, 12, 12)."""
+def encode_pictures(model: Any, pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Mean latents of ``pictures`` by an AutoencoderKL, normalised as SD3 does: float32 (N, 16, 12, 12)."""
     out = []
     with torch.no_grad(), autocast(device):
         for start in range(0, len(pictures), 32):
@@ -101,14 +103,14 @@ def encode_pictures(model: AutoencoderKL, pictures: NDArray[np.uint8], device: t
     return (torch.cat(out) - shift) * scale
 
 
-def normalise_latents(model: AutoencoderKL, pool: Pool, device: torch.device) -> None:
-    """Set ``shift_factor`` and ``scaling_factor`` so that latents have mean 0 and variance 1."""
+def normalise_latents(model: Any, pool: Pool, device: torch.device) -> None:
+    """Set an AutoencoderKL's ``shift_factor`` and ``scaling_factor`` so that latents have mean 0 and variance 1."""
     model.register_to_config(shift_factor=0.0, scaling_factor=1.0)
     latents = encode_pictures(model, pool.pictures[:512], device)
     model.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1.0 / latents.std()))
 
 
-def reconstruction_psnr(model: AutoencoderKL, pool: Pool, device: torch.device, count: int = 512) -> float:
+def reconstruction_psnr(model: Any, pool: Pool, device: torch.device, count: int = 512) -> float:
     """Mean peak signal-to-noise ratio in dB of encode-decode over ``count`` pictures (values 0..255)."""
     shift, scale = float(model.config.shift_factor), float(model.config.scaling_factor)
     values = []

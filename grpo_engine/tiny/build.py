@@ -21,6 +21,7 @@ import torch
 from . import WEIGHTS
 from .autoencoder import RECIPE as AUTOENCODER_RECIPE
 from .autoencoder import new_autoencoder, normalise_latents, reconstruction_psnr, train_autoencoder
+from .card import model_card
 from .clip import RECIPE as CLIP_RECIPE
 from .clip import new_clip, save_clip, train_clip
 from .corpus import Pool, build_pool
@@ -56,6 +57,10 @@ class Build:
 
         self.folder, self.seed, self.device, self.compiled = folder, seed, device, compiled
         folder.mkdir(parents=True, exist_ok=True)
+        note, same = folder / "build.json", {"seed": seed, "pictures": [POOL_SIZE, HELD_OUT_SIZE]}
+        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != same:
+            raise SystemExit(f"{folder} holds work begun with other settings; use --fresh, or another --folder.")
+        note.write_text(json.dumps(same), encoding="utf-8")
         self._log_file = (folder / "build.log").open("a", encoding="utf-8")
         clip, qwen = save_tokenizers(folder, seed)
         self.clip_folder = clip
@@ -149,8 +154,8 @@ def _load_average(folder: Path, name: str, model: torch.nn.Module) -> int:
 def save_image_model(model: Denoiser, autoencoder: Any, tokenizer: Any, folder: Path) -> None:
     """Write the pipeline in float16."""
     shutil.rmtree(folder, ignore_errors=True)
-    pipe = pipeline(model.to("cpu"), autoencoder.to("cpu"), tokenizer).to(torch.float16)
-    pipe.save_pretrained(folder)
+    pipe: Any = pipeline(model.to("cpu"), autoencoder.to("cpu"), tokenizer)
+    pipe.to(torch.float16).save_pretrained(folder)
 
 
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -199,6 +204,7 @@ def main() -> None:
     }
     report = {"metrics": metrics, "recipes": recipes, "seed": arguments.seed, "torch": torch.__version__}
     (WEIGHTS / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (WEIGHTS / "MODEL_CARD.md").write_text(model_card(report), encoding="utf-8")
     print(json.dumps(metrics, indent=2))
 
 

@@ -308,7 +308,7 @@ def corrupt(scene: Scene, rng: np.random.Generator, changes: int) -> Scene:
             others = [b for b in BACKGROUNDS if b != scene.background]
             scene = replace(scene, background=_pick(rng, others))
         elif kind == "layout":
-            pool = POSITIONS if len(scene.things) == 1 else RELATIONS
+            pool: tuple[str, ...] = POSITIONS if len(scene.things) == 1 else RELATIONS
             scene = replace(scene, layout=_pick(rng, [p for p in pool if p != scene.layout]))
         else:
             pool = {"shape": SHAPES, "color": tuple(COLORS), "size": SIZES, "texture": TEXTURES}[kind]

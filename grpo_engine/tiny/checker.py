@@ -26,6 +26,7 @@ from .world import (
     RADII,
     RESOLUTION,
     SHAPES,
+    Floats,
     shade,
     shape_distance,
 )
@@ -79,7 +80,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
     return Reading(things, _nearest(ground, BACKGROUNDS))
 
 
-def _nearest(color: NDArray, palette: dict[str, tuple[int, int, int]]) -> str:
+def _nearest(color: Floats, palette: dict[str, tuple[int, int, int]]) -> str:
     names = tuple(palette)
     table = np.asarray([palette[name] for name in names], np.float32)
     return names[int(np.argmin(np.linalg.norm(table - color, axis=1)))]

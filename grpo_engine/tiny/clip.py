@@ -25,7 +25,7 @@ from .fitting import Recipe, autocast, fit
 from .vocabulary import CLIP_CONTEXT
 from .world import RESOLUTION, Scene, render
 
-RECIPE = Recipe(steps=1600, batch=256, learning_rate=1.2e-3, weight_decay=0.05, warmup=150, ema=0.995)
+RECIPE = Recipe(steps=1100, batch=256, learning_rate=1.2e-3, weight_decay=0.05, warmup=150, ema=0.995)
 QUADS = 40  # of each batch: this many times (a scene and three one-attribute changes of it)
 PARAPHRASE_SHARE = 0.7
 MEAN = STD = (0.5, 0.5, 0.5)

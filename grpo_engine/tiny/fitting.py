@@ -60,7 +60,22 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int, str], None]]
     )
     with Progress(*columns, refresh_per_second=2) as progress:
         task = progress.add_task(label, total=total, note="")
-        yield lambda done, note="": progress.update(task, completed=done, note=note)
+
+        def update(done: int, note: str) -> None:
+            progress.update(task, completed=done, note=note)
+
+        yield update
+
+
+@contextmanager
+def plain_attention(device: torch.device) -> Iterator[None]:
+    """On a CPU, attention by plain products: on sequences this short the fused backward takes half of a step."""
+    fused = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(fused and device.type != "cpu")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(fused)
 
 
 def fit(
@@ -76,12 +91,12 @@ def fit(
 
     ``loss(step)`` returns the scalar to minimise, or a dict of scalars whose sum it is. Progress is saved
     under ``folder / name.pt`` every two minutes and at the end; a finished stage is loaded, not repeated.
+
+    Raises:
+        ValueError: the saved progress belongs to another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
-    if next(model.parameters()).device.type == "cpu":
-        # The fused CPU attention's backward takes half of a step on sequences this short; plain products do not.
-        torch.backends.cuda.enable_flash_sdp(False)
     params = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in params if p.ndim >= 2]
     groups = [
@@ -93,6 +108,8 @@ def fit(
     start = 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["recipe"] != vars(recipe):
+            raise ValueError(f"{path} was begun with another recipe ({state['recipe']}); delete it, or use --fresh.")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for kept, value in zip(average, state["average"], strict=True):
@@ -105,13 +122,14 @@ def fit(
             "optimizer": optimizer.state_dict(),
             "average": average,
             "step": step,
+            "recipe": vars(recipe),
         }
         torch.save(state, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
 
     model.train()
     saved, shown = time.monotonic(), 0.0
-    with progress_bar(name, recipe.steps) as update:
+    with plain_attention(next(model.parameters()).device), progress_bar(name, recipe.steps) as update:
         for step in range(start, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
@@ -125,7 +143,9 @@ def fit(
                 optimizer.step()
             decay = min(recipe.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
-            shown = total.item() if step == start else 0.98 * shown + 0.02 * total.item()
+            value = total.item()
+            if math.isfinite(value):
+                shown = value if shown == 0.0 else 0.98 * shown + 0.02 * value
             update(step + 1, f"loss {shown:.4f}")
             if step % 50 == 0:
                 detail = {k: round(v.item(), 4) for k, v in parts.items()} if isinstance(parts, dict) else ""

@@ -10,17 +10,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..prompts import Prompt, PromptSet, normalize, save_prompts
+from ..prompts import TIERS, Prompt, PromptSet, Split, Tier, normalize, save_prompts
 from .captions import Request, paraphrase
 from .corpus import draw_scene, rng_for
 from .world import Scene
 
 PATH = Path(__file__).resolve().parents[2] / "configs" / "prompts" / "tiny.jsonl"
-SIZES = {"train": 240, "validation": 48, "test": 120}
+SIZES: dict[Split, int] = {"train": 240, "validation": 48, "test": 120}
 SEED = 7
 
 
-def tier_of(request: Request) -> str:
+def tier_of(request: Request) -> Tier:
     """basic: one object; challenging: two plain objects; complex: two objects, at least one with a texture."""
     if len(request.things) == 1:
         return "basic"
@@ -41,7 +41,7 @@ def make_prompts() -> list[Prompt]:
     known: set[str] = set()
     for split, size in SIZES.items():
         rng = rng_for(SEED, "prompts", split)
-        left = {tier: size // 3 for tier in ("basic", "challenging", "complex")}
+        left = dict.fromkeys(TIERS, size // 3)
         while any(left.values()):
             scene: Scene = draw_scene(rng, held_out=split != "train")
             text, request = paraphrase(scene, rng)

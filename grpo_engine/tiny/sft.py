@@ -31,13 +31,13 @@ from .vocabulary import CHAT_TEMPLATE, DESCRIBE, QUESTION, TEMPLATE
 from .world import RESOLUTION, Scene
 
 RECIPE = Recipe(steps=2200, batch=64, learning_rate=2e-3, weight_decay=0.01, warmup=100, ema=0.995)
-PICTURES = 32  # of each step's examples: this many with a picture
+PICTURES = 48  # of each step's examples: this many with a picture
 CLEAN_SHARE = 0.7  # of the steps: rewriting is taught right before it is taught loose
 
 
 def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
     """An untrained Qwen2-VL of 2 to 3 million parameters."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    token_id: Callable[[str], Any] = tokenizer.convert_tokens_to_ids  # one token in, one id out
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -62,10 +62,10 @@ def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGener
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     model = Qwen2VLForConditionalGeneration(config)
@@ -172,7 +172,8 @@ def train_policy(
 ) -> Qwen2VLForConditionalGeneration:
     """Teach rewriting, describing and answering together."""
     torch.manual_seed(int(rng_for(seed, "policy", "init").integers(2**31)))
-    model = new_policy(tokenizer).to(device)
+    model: Any = new_policy(tokenizer)
+    model.to(device)
     examples = Examples(new_processor(tokenizer), device)
 
     def loss(step: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -18,7 +19,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from .captions import FLUFF, OPENERS, canonical, loose_rewrite, paraphrase
 from .corpus import draw_scene, rng_for
 
-CLIP_CONTEXT = 24  # longest canonical caption: 20 words and two end tokens
+CLIP_CONTEXT = 24  # longest canonical caption: 18 words and two end tokens
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 QWEN_SPECIALS = (
     "<|endoftext|>",
@@ -63,7 +64,7 @@ def sentences(seed: int, count: int = 6000) -> Iterator[str]:
         yield loose_rewrite(text, request, rng)
 
 
-def _merges(tokenizer: Tokenizer, texts: Iterator[str], **options: str) -> list[tuple[str, str]]:
+def _merges(tokenizer: Tokenizer, texts: Iterator[str], **options: Any) -> list[tuple[str, str]]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
         vocab_size=8000, min_frequency=2, initial_alphabet=alphabet, show_progress=False, **options
@@ -91,7 +92,7 @@ def build_clip_tokenizer(seed: int) -> CLIPTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    merges = _merges(learner, sentences(seed), end_of_word_suffix="</w>")
+    merges: Any = _merges(learner, sentences(seed), end_of_word_suffix="</w>")  # annotated list[str] there, but pairs
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
     vocabulary = _vocabulary(base, merges, (CLIP_START, CLIP_END))
@@ -109,7 +110,7 @@ def build_qwen_tokenizer(seed: int) -> Qwen2Tokenizer:
         ]
     )
     learner.decoder = decoders.ByteLevel()
-    merges = _merges(learner, sentences(seed))
+    merges: Any = _merges(learner, sentences(seed))  # as above
     base = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = _vocabulary(base, merges, QWEN_SPECIALS)
     tokenizer = Qwen2Tokenizer(

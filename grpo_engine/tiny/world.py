@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 RESOLUTION = 96  # pixels a side of every picture of this world
 
 Rgb = tuple[int, int, int]
+Floats = NDArray[np.floating[Any]]
 
 # Hues are spread so that any two stay apart after a lossy decoder; every object colour also stays
 # apart from every (pale) background, so a mask can always be cut out.
@@ -147,7 +148,7 @@ def _grid() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return x, y
 
 
-def _polygon(points: list[tuple[float, float]], x: NDArray, y: NDArray) -> NDArray:
+def _polygon(points: list[tuple[float, float]], x: Floats, y: Floats) -> Floats:
     """Signed distance (pixels, negative inside) to a simple polygon, by edge distance and crossing parity."""
     best = np.full(x.shape, np.inf, dtype=np.float32)
     inside = np.zeros(x.shape, dtype=bool)
@@ -180,7 +181,7 @@ def _heart_points(radius: float) -> list[tuple[float, float]]:
     return points
 
 
-def shape_distance(shape: str, radius: float, x: NDArray, y: NDArray) -> NDArray:
+def shape_distance(shape: str, radius: float, x: Floats, y: Floats) -> Floats:
     """Signed distance (pixels, negative inside) to ``shape`` of half-extent ``radius`` at the origin."""
     if shape == "circle":
         return np.hypot(x, y) - radius
@@ -206,7 +207,7 @@ def shape_distance(shape: str, radius: float, x: NDArray, y: NDArray) -> NDArray
     raise ValueError(f"Unknown shape {shape!r}; choose one of {', '.join(SHAPES)}.")
 
 
-def _texture_weight(texture: str, x: NDArray, y: NDArray) -> NDArray | float:
+def _texture_weight(texture: str, x: Floats, y: Floats) -> Floats | float:
     """Weight of the second tone at each pixel (0..1), in the object's own coordinates."""
     if texture == "solid":
         return 0.0
@@ -225,7 +226,7 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     ``rng`` chooses what no caption names: the exact radius and a jitter of a few pixels.
     """
     x, y = _grid()
-    canvas = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (RESOLUTION, RESOLUTION, 3))
+    canvas: Floats = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (RESOLUTION, RESOLUTION, 3))
     for thing, (cx, cy) in zip(scene.things, _centers(scene, rng), strict=True):
         radius = rng.uniform(*RADII[thing.size])
         local_x, local_y = x - cx, y - cy
