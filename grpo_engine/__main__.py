@@ -118,6 +118,7 @@ def _resume(options: argparse.Namespace) -> int:
     from .cli_progress import follow
     from .store import Store
 
+    _require_database(options.db)
     with Store(options.db) as store:
         store.interrupt_stale()
         run = store.resolve(options.run)
@@ -134,6 +135,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from .session import evaluate_run
     from .store import Store
 
+    _require_database(options.db)
     with Store(options.db) as store:
         run = store.resolve(options.run)
         summary = evaluate_run(store, run.id, _which(options.checkpoint), options.prompts)

@@ -40,15 +40,24 @@ def follow(store: Store, run_id: str) -> int:
     """
     control = RunControl()
     outcome: list[str] = []
-    worker = threading.Thread(target=lambda: outcome.append(execute(store, run_id, control)), daemon=True)
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            outcome.append(execute(store, run_id, control))
+        finally:
+            ended.set()
+
+    # Waited for through the event: before Python 3.13 a join() that Ctrl-C interrupts takes the thread for ended.
+    worker = threading.Thread(target=work, daemon=True)
     worker.start()
     console = Console()
     try:
-        _show_progress(store, run_id, worker, console)
+        _show_progress(store, run_id, ended, console)
     except KeyboardInterrupt:
         console.print("Stopping; the policy is being saved. Press Ctrl-C again to leave at once.")
         control.command("stop")
-        worker.join()
+        ended.wait()
     worker.join()
     run = store.run(run_id)
     state = outcome[0] if outcome else run.state
@@ -61,7 +70,7 @@ def follow(store: Store, run_id: str) -> int:
     return EXIT_CODES.get(state, 1)
 
 
-def _show_progress(store: Store, run_id: str, worker: threading.Thread, console: Console) -> None:
+def _show_progress(store: Store, run_id: str, ended: threading.Event, console: Console) -> None:
     columns = (
         TextColumn("{task.fields[state]:<11}"),
         BarColumn(bar_width=28),
@@ -73,8 +82,7 @@ def _show_progress(store: Store, run_id: str, worker: threading.Thread, console:
     rate = _Rate()
     with Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, state="", count="", note="")
-        while worker.is_alive():
-            worker.join(REFRESH_SECONDS)
+        while not ended.wait(REFRESH_SECONDS):
             run = store.run(run_id)
             done, total = (run.step, run.total_steps) if run.state == "training" else (run.phase_done, run.phase_total)
             note = _note(store, run, rate)

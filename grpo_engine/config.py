@@ -8,6 +8,7 @@ meaning stand in its description; ``json_schema_extra={"advanced": True}`` keeps
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -221,7 +222,9 @@ class ObjectiveConfig(Section):
     def clips(self) -> tuple[float, float]:
         """(low, high) as the loss takes them."""
         low = self.clip_ratio if self.clip_low is None else self.clip_low
-        return low, self.clip_ratio if self.clip_high is None else self.clip_high
+        if self.clip_high is not None:
+            return low, self.clip_high
+        return low, 1.0 + self.clip_ratio if self.kind == "cispo" else self.clip_ratio
 
 
 class TrainingConfig(Section):
@@ -358,12 +361,9 @@ class RunConfig(Section):
 
     def as_overrides(self) -> list[str]:
         """The ``--set`` arguments that rebuild this configuration from its preset."""
-        base = type(self).load(self.preset)
+        base = type(self).load(self.preset if self.preset in preset_names() else DEFAULT_PRESET)
         changed = self.differences(base)
-        return [
-            f"{key}={yaml.safe_dump(mine, default_flow_style=True).splitlines()[0]}"
-            for key, (mine, _) in changed.items()
-        ]
+        return [f"{key}={json.dumps(mine, ensure_ascii=False)}" for key, (mine, _) in changed.items()]
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -397,7 +397,7 @@ def find_preset(preset_or_path: str | Path) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
         raise ConfigError(f"{path}{line} is not valid YAML text; correct it there or start from a preset.") from error
@@ -415,9 +415,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set takes section.field=value, not {override!r}.")
     try:
         value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"The value in --set {override!r} can't be read; put quotes around text.") from error
-    if isinstance(value, str):
+    if isinstance(value, str) and value == text.strip():  # text in quotes is meant as text
         value = _number(value)
     *parents, leaf = name.strip().split(".")
     node = data
@@ -446,7 +446,10 @@ def _sentences(error: ValidationError) -> str:
         elif problem["type"] == "value_error":
             lines.append(f"{field + ': ' if field else ''}{problem['ctx']['error']}.")
         else:
-            allowed = problem["msg"].removeprefix("Input ")
+            if problem["type"] == "string_pattern_mismatch":
+                allowed = "should be auto, cpu, cuda or cuda:0, cuda:1, ..."
+            else:
+                allowed = "should " + problem["msg"].partition(" should ")[2]
             lines.append(f"{field} is {problem['input']!r}, but it {allowed}.")
     return "\n".join(lines)
 
@@ -455,7 +458,6 @@ def _suggest(field: str) -> str:
     import difflib
 
     known = list(flatten(RunConfig().model_dump(mode="json")))
-    close = difflib.get_close_matches(field, known, n=1, cutoff=0.6) or [
-        name for name in known if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]
-    ]
+    close = [name for name in known if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
+    close = close or difflib.get_close_matches(field, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -46,7 +46,8 @@ def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
         placement = plan.placement.describe()
     except ConfigError as error:
         problems.append(str(error))
-    disk = shutil.disk_usage(Path(db).resolve().parent)
+    folder = next(folder for folder in Path(db).resolve().parents if folder.exists())
+    disk = shutil.disk_usage(folder)
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

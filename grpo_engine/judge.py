@@ -28,6 +28,7 @@ class Judge(Protocol):
     """Looks at pictures; knows the original prompts, never the rewrites."""
 
     name: str
+    cheap: bool  # quick enough to look at every picture of every training step
 
     def judge(self, pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> list[Judgement]:
         """One judgement a picture."""
@@ -37,6 +38,7 @@ class CheckerJudge:
     """The tiny world's checker, for prompts that carry a machine-readable ``request``."""
 
     name = "checker"
+    cheap = True
 
     def judge(self, pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> list[Judgement]:
         """See :class:`Judge`."""
@@ -55,6 +57,7 @@ class VqaJudge:
     """The untrained policy as a visual question answerer: the probability of Yes."""
 
     name = "vqa"
+    cheap = False
 
     def __init__(self, policy: PureGRPOPolicy) -> None:
         self.policy = policy

@@ -62,7 +62,7 @@ STEP_METRICS: dict[str, str] = {
     "seconds_render": "time in rendering",
     "seconds_score": "time in scoring",
     "seconds_update": "time in log-probabilities, backward pass and optimiser",
-    "seconds_record": "time in recording and checkpoints",
+    "seconds_record": "time in recording the step before",
     "images_rendered": "pictures really rendered (after removing duplicates)",
 }
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointState, find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .checkpoint import CheckpointError, CheckpointState, find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import ConfigError, RunConfig
 from .control import RunControl, StopRequested
 from .environment import PureGRPOPromptEnvironment
@@ -41,6 +41,10 @@ class Plan:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.placement: Placement = resolve(config.placement)
+        for part in ("policy", "image", "reward"):
+            path: str = getattr(config.models, part).path
+            if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+                raise ConfigError(f"models.{part}.path is {path!r}, but there is no such folder; give another.")
         self.prompts: PromptSet = read_prompts(config)
         tiers = set(config.data.tiers)
         chosen = [prompt for prompt in self.prompts.prompts if prompt.tier in tiers]
@@ -64,6 +68,11 @@ class Plan:
                 f"evaluation.every is {config.evaluation.every}, but data.prompts {config.data.prompts!r} has no "
                 "validation prompts; add some or set evaluation.every to 0."
             )
+        if config.evaluation.judge == "checker" and not all("request" in prompt.meta for prompt in self.test):
+            raise ConfigError(
+                "evaluation.judge is 'checker', but the prompt set has prompts without a 'request' for it to check; "
+                "use 'auto' or 'vqa'."
+            )
 
 
 class Session:
@@ -86,7 +95,7 @@ class Session:
     ) -> None:
         self.store, self.run_id, self.control, self.loaded = store, run_id, control, loaded
         self.folder: Path = store.run_dir(run_id)
-        self.config = RunConfig.parse(store.run(run_id).config)
+        self._metrics: dict[str, float | None] = {}  # of the last step
 
     def run(self) -> str:
         """Execute the run to its end; returns the final state.
@@ -95,6 +104,11 @@ class Session:
         """
         before = self.store.run(self.run_id)
         resuming = before.resumed_count > 0 or before.state in ENDINGS
+        try:
+            self.config = RunConfig.parse(before.config)
+        except ConfigError as error:  # recorded by another version
+            self.store.set_state(self.run_id, "failed", str(error))
+            return "failed"
         try:
             with StoreRecorder(self.store, self.run_id, self.config.recording) as recorder:
                 recorder.state("loading")
@@ -116,14 +130,15 @@ class Session:
             self._run(recorder, resuming)
         except StopRequested:
             return "stopped", "Stopped on request; it can be resumed."
-        except (ConfigError, TrainingFailed) as error:
+        except (ConfigError, CheckpointError, TrainingFailed) as error:
             log.exception("run %s failed", self.run_id)
             return "failed", str(error)
         except StoreError:
             raise
         except Exception as error:  # the last line of defence: a run must never end without a state
             log.exception("run %s failed", self.run_id)
-            return "failed", f"{type(error).__name__}: {error}. The full traceback is in grpo_training.log."
+            reason = f"{type(error).__name__}: {error}".rstrip(".")
+            return "failed", f"{reason}. The full traceback is in grpo_training.log."
         return "finished", ""
 
     def _hold(self, recorder: StoreRecorder, held: bool) -> None:
@@ -154,6 +169,7 @@ class Session:
         trainer = PureGRPOTrainer(
             self.config, environment, plan.train, recorder, self.control,
             after_step=lambda step, metrics: self._after_step(trainer, recorder, plan, step, metrics),
+            judge=judge if all("request" in prompt.meta for prompt in plan.train) else None,
         )  # fmt: skip
         if resuming:
             self._restore(trainer, recorder)
@@ -164,11 +180,13 @@ class Session:
         if trainer.step < self.config.training.steps:
             recorder.state("training")
             try:
+                if self._validation_due(trainer.step) and not self._validated(trainer.step):
+                    self._validate(trainer, recorder, plan, trainer.step)  # a stop had cut it off
                 trainer.train()
             except StopRequested:
                 recorder.flush()
                 if trainer.step:
-                    self._save(trainer, recorder, {})
+                    self._save(trainer, recorder, self._metrics)
                 raise
         recorder.state("evaluating")
         items = self._measure("final", trainer.step, evaluator, recorder, trained=True, beside=baseline)
@@ -184,7 +202,7 @@ class Session:
             if found.note:
                 recorder.event("warning", found.note)
             state = load_checkpoint(found.path, trainer.policy, trainer.optimizer)
-            trainer.step = state.step
+            trainer.step, self._metrics = state.step, state.metrics
             trainer.bad_steps = int(state.extra.get("bad_steps", 0))
         recorder.flush()
         self.store.truncate_after(self.run_id, trainer.step)
@@ -198,20 +216,27 @@ class Session:
         step: int,
         metrics: dict[str, float | None],
     ) -> None:
-        every = self.config.evaluation.every
-        if (every and step % every == 0 and step < self.config.training.steps) or self.control.take("evaluate"):
-            prompts = plan.validation or plan.test
-            judge = make_judge(self.config.evaluation.judge, prompts, trainer.policy)
-            evaluator = Evaluator(trainer.environment, judge, prompts, self.config)
-            recorder.state("evaluating")
-            items = [item for arm in evaluator.arms(trained=False) + evaluator.arms(trained=True)
-                     for item in evaluator.measure(arm, poll=self.control.poll, told=recorder.phase)]  # fmt: skip
-            split = "validation" if plan.validation else "test"
-            recorder.evaluation(Evaluation("validation", step, split, items, summarise(items, self.config)))
-            recorder.state("training")
+        self._metrics = metrics
+        if self._validation_due(step) or self.control.take("evaluate"):
+            self._validate(trainer, recorder, plan, step)
         due = step % self.config.recording.checkpoint_every == 0 or step == self.config.training.steps
         if due or self.control.take("save"):
             self._save(trainer, recorder, metrics)
+
+    def _validation_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return bool(every) and step > 0 and step % every == 0 and step < self.config.training.steps
+
+    def _validate(self, trainer: PureGRPOTrainer, recorder: StoreRecorder, plan: Plan, step: int) -> None:
+        prompts = plan.validation or plan.test
+        judge = make_judge(self.config.evaluation.judge, prompts, trainer.policy)
+        evaluator = Evaluator(trainer.environment, judge, prompts, self.config)
+        recorder.state("evaluating")
+        items = [item for arm in evaluator.arms(trained=False) + evaluator.arms(trained=True)
+                 for item in evaluator.measure(arm, poll=self.control.poll, told=recorder.phase)]  # fmt: skip
+        split = "validation" if plan.validation else "test"
+        recorder.evaluation(Evaluation("validation", step, split, items, summarise(items, self.config)))
+        recorder.state("training")
 
     def _save(self, trainer: PureGRPOTrainer, recorder: StoreRecorder, metrics: dict[str, float | None]) -> None:
         """A checkpoint, never newer than what is recorded."""
@@ -245,6 +270,9 @@ class Session:
         everything = [*(beside or []), *items]
         recorder.evaluation(Evaluation(kind, step, "test", items, summarise(everything, self.config)))
         return [replace(item, picture=None) for item in everything]
+
+    def _validated(self, step: int) -> bool:
+        return any(row.kind == "validation" and row.step == step for row in self.store.evaluations(self.run_id))
 
     def _recorded(self, kind: str) -> list[EvaluationItem] | None:
         """Items of an evaluation that an earlier session of this run already made, without pictures."""

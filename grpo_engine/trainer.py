@@ -20,6 +20,7 @@ from torch import Tensor
 from .config import RunConfig
 from .control import RunControl
 from .environment import PureGRPOPromptEnvironment
+from .judge import Judge
 from .objective import (
     aggregate_size,
     aggregate_sum,
@@ -32,7 +33,7 @@ from .objective import (
 from .prompts import Prompt
 from .recorder import Recorder
 from .rollout import Group, mean_length
-from .seeding import numpy_generator
+from .seeding import derive_seed, numpy_generator, seeded_initialization
 
 RATIO_TOLERANCE = 1e-4
 
@@ -50,6 +51,7 @@ class PureGRPOTrainer:
         prompts: the training prompts.
         recorder: told about every step.
         control: polled for stop and pause.
+        judge: looks at the pictures of every step, if it is a cheap one; never part of the reward.
         after_step: called with (step, metrics) after each recorded step, for checkpoints and evaluations.
 
     Raises:
@@ -64,6 +66,7 @@ class PureGRPOTrainer:
         recorder: Recorder,
         control: RunControl,
         after_step: Callable[[int, dict[str, float | None]], None] = lambda step, metrics: None,
+        judge: Judge | None = None,
     ) -> None:
         if len(prompts) < config.training.batch_size:
             raise ValueError(
@@ -73,6 +76,7 @@ class PureGRPOTrainer:
         self.config, self.environment, self.prompts = config, environment, list(prompts)
         self.policy = environment.policy
         self.recorder, self.control, self.after_step = recorder, control, after_step
+        self.judge = judge if judge is not None and judge.cheap else None
         self.parameters = list(self.policy.trainable().values())
         training = config.training
         self.optimizer = torch.optim.AdamW(
@@ -83,7 +87,9 @@ class PureGRPOTrainer:
         )
         self.step = 0
         self.bad_steps = 0
-        self._seconds: dict[str, float] = {}
+        self._ratio_reported = False
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._recording = 0.0  # seconds it took to record the step before
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -104,9 +110,11 @@ class PureGRPOTrainer:
             self.assign_advantages(groups)
             update = self.update(groups, step)
 
+            self._report_ratio(update["ratio_error"])
             metrics = self._metrics(groups, update, resampled, time.perf_counter() - begun)
             with self._timed("record"):
                 self.recorder.step(step, metrics, groups)
+            self._recording = self._seconds["record"]
             self.step = step
             self.after_step(step, metrics)
             if self.bad_steps >= self.config.training.max_bad_steps:
@@ -189,7 +197,8 @@ class PureGRPOTrainer:
         with self._timed("update"):
             for epoch in range(self.config.training.inner_epochs):
                 for number, part in enumerate(self._minibatches(groups, step, epoch)):
-                    figures = self._optimise(part, first=epoch == 0 and number == 0)
+                    with seeded_initialization(derive_seed(self.config.seed, "dropout", step, epoch, number)):
+                        figures = self._optimise(part, first=epoch == 0 and number == 0)
                     for name, value in figures.items():
                         totals[name] += value
                     count += 1
@@ -215,7 +224,7 @@ class PureGRPOTrainer:
             return training.learning_rate * step / training.warmup_steps
         if training.schedule == "constant":
             return training.learning_rate
-        share = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+        share = (step - training.warmup_steps) / (training.steps - training.warmup_steps + 1)
         left = 1.0 - share if training.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
         return training.learning_rate * left
 
@@ -234,7 +243,8 @@ class PureGRPOTrainer:
         self.policy.model.train()
         try:
             for group, flat in zip(groups, self._flat(groups), strict=True):
-                self.control.poll()
+                if first:  # a stop after the first optimiser step of a batch would save a step that is half done
+                    self.control.poll()
                 rows = self.config.training.update_rows or len(group)
                 kl_rows = []
                 for start in range(0, len(group), rows):
@@ -292,6 +302,20 @@ class PureGRPOTrainer:
             sums["clip_high_fraction"] += float(clipped_high.sum())
         return loss, torch.where(mask, kl, 0.0).detach().cpu()
 
+    def _report_ratio(self, error: float) -> None:
+        """Once a session: is the policy that is updated the one that sampled? The ratio must begin at 1."""
+        if self._ratio_reported:
+            return
+        self._ratio_reported = True
+        good = error <= RATIO_TOLERANCE
+        verdict = "as it should be" if good else "more than rounding in float32 explains"
+        self.recorder.event(
+            "ratio_check",
+            f"Before the first update the probability ratio is off 1 by at most {error:.1e}: {verdict}.",
+            error=error,
+            tolerance=RATIO_TOLERANCE,
+        )
+
     # -- figures -----------------------------------------------------------------------------------------
 
     @contextmanager
@@ -299,6 +323,14 @@ class PureGRPOTrainer:
         begun = time.perf_counter()
         yield
         self._seconds[phase] += time.perf_counter() - begun
+
+    def _judged(self, groups: Sequence[Group]) -> float | None:
+        """Mean judgement of the step's pictures; one that could not be drawn counts 0. None without a judge."""
+        if self.judge is None:
+            return None
+        drawn = [(p, g.prompt) for g in groups for p in g.pictures if p is not None]
+        judged = self.judge.judge([picture for picture, _ in drawn], [prompt for _, prompt in drawn])
+        return sum(judgement.score for judgement in judged) / sum(len(group) for group in groups)
 
     def _metrics(
         self, groups: Sequence[Group], update: dict[str, float], resampled: int, seconds: float
@@ -315,7 +347,8 @@ class PureGRPOTrainer:
         finished = torch.cat([group.completions.finished for group in groups])
         figures: dict[str, Any] = {
             **{f"reward_{name}": float(np.mean(values)) for name, values in parts.items()},
-            "reward_mean": float(rewards.mean()),
+            "judge_mean": self._judged(groups),
+            "reward_mean": float(rewards.nanmean()),
             "reward_std": float(rewards.std(dim=1, correction=0).mean()),
             "reward_p10": float(rewards.quantile(0.1)),
             "reward_p90": float(rewards.quantile(0.9)),
@@ -331,6 +364,7 @@ class PureGRPOTrainer:
             "parse_failures": float(sum(group.failures for group in groups)),
             "images_rendered": float(sum(len(set(g.rewrites) - {None}) for g in groups)),
             "seconds": seconds,
+            "seconds_record": self._recording,
             **{f"seconds_{phase}": value for phase, value in self._seconds.items()},
         }
         return figures | update

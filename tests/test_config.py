@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
@@ -156,9 +156,10 @@ def test_an_override_whose_value_is_no_yaml_is_refused(value: str) -> None:
 
 
 def test_a_setting_is_not_taken_for_a_section() -> None:
-    message = refusal("training.steps.first=5")
+    message = refusal("training.steps=1", "training.steps.first=5")
     assert "training.steps.first" in message
     assert "'steps' is a setting, not a section" in message
+    assert refusal("recording.name.first=5").startswith("recording.name is {'first': 5}, but it should ")
 
 
 def test_a_file_that_is_missing_is_refused_with_the_presets(tmp_path: Path) -> None:
@@ -284,6 +285,7 @@ def test_the_saved_yaml_holds_every_setting_and_loads_to_an_equal_value(name: st
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
+@settings(deadline=None, max_examples=30)
 @given(name=TEXTS, system=TEXTS, rate=st.floats(1e-12, 1.0), seed=st.integers(0, 2**63 - 1))
 @example(name="1e5", system="yes", rate=1e-6, seed=2**63 - 1)
 @example(name="null", system="a: b\n\n- c\t\x85\u2028 #\r\n", rate=0.1, seed=0)

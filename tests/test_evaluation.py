@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 from engine_runs import fresh_environment, small
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -96,6 +96,7 @@ def test_pairing_ignores_how_much_prompts_differ_from_each_other() -> None:
     assert (gain.low, gain.high) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
+@settings(deadline=None)
 @given(
     arrays.arrays(np.float64, st.integers(2, 20), elements=st.floats(-100, 100)),
     st.floats(-50, 50),
@@ -105,13 +106,13 @@ def test_the_interval_holds_the_range_moves_with_a_shift_and_depends_on_the_seed
     difference: np.ndarray, shift: float, seed: int
 ) -> None:
     zeros = np.zeros_like(difference)
-    settings: dict[str, Any] = {"resamples": 200, "confidence": 0.9, "seed": seed}
-    gain = paired_gain(difference, zeros, **settings)
+    bootstrap: dict[str, Any] = {"resamples": 200, "confidence": 0.9, "seed": seed}
+    gain = paired_gain(difference, zeros, **bootstrap)
     assert difference.min() - 1e-9 <= gain.low <= gain.high <= difference.max() + 1e-9
-    moved = paired_gain(difference + shift, zeros, **settings)
+    moved = paired_gain(difference + shift, zeros, **bootstrap)
     assert moved.low == pytest.approx(gain.low + shift, abs=1e-6)
     assert moved.high == pytest.approx(gain.high + shift, abs=1e-6)
-    assert paired_gain(difference, zeros, **settings) == gain
+    assert paired_gain(difference, zeros, **bootstrap) == gain
 
 
 @pytest.mark.parametrize(("after", "before"), [([1.0], [2.0]), ([1.0, 2.0], [1.0, 2.0, 3.0]), ([], [])])
@@ -123,6 +124,7 @@ def test_what_is_no_pairing_is_refused(after: list[float], before: list[float]) 
 # -- the report ----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.tuples(*[st.floats(-50, 50)] * 3).map(sorted), st.floats(-20, 20))
 def test_the_sentence_says_not_distinguishable_exactly_when_the_interval_includes_zero(
     bounds: list[float], before: float

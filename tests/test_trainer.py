@@ -126,7 +126,7 @@ def test_the_gradient_of_a_step_is_that_of_grpo_written_out_by_hand(sampling: tu
         "training.batch_size=3",
         "objective.kl_coef=0.3",
         "objective.entropy_coef=0.1",
-        "objective.clip_ratio=0.05",
+        "objective.clip_ratio=0.01",
     )
     trained, _ = trainer(config)
     groups = scored(trained)
@@ -404,7 +404,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_counted() -> None
     assert equal(snapshots[0], before)
     assert not equal(snapshots[1], before)
     assert trained.bad_steps == 0
-    assert [kind for kind, _ in recorder.events] == ["skipped_step"]
+    assert [kind for kind, _ in recorder.events if kind != "ratio_check"] == ["skipped_step"]
     assert all(torch.isfinite(weight).all() for weight in weights(trained))
     steps = {int(trained.optimizer.state[parameter]["step"]) for parameter in trained.parameters}
     assert steps == {2}, "a skipped update leaves the optimiser's moments alone"
@@ -422,7 +422,7 @@ def test_a_loss_that_is_not_finite_skips_the_update() -> None:
     assert figures["skipped"] == 1.0
     assert trained.bad_steps == 1
     assert equal(weights(trained), before)
-    assert [kind for kind, _ in recorder.events] == ["skipped_step"]
+    assert [kind for kind, _ in recorder.events if kind != "ratio_check"] == ["skipped_step"]
 
 
 def test_three_bad_steps_in_a_row_end_the_run_with_the_weights_as_they_were() -> None:
