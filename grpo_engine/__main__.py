@@ -124,7 +124,7 @@ def _resume(options: argparse.Namespace) -> int:
         run = store.resolve(options.run)
         if run.state == "finished":
             raise ConfigError(f"Run {run.id} is finished; there is nothing to resume. 'evaluate' measures it again.")
-        if run.active:
+        if run.active and run.state != "queued":  # a queued run has no process
             raise ConfigError(f"Run {run.id} is {run.state} in process {run.pid} on {run.host}; stop it first.")
         print(f"run {run.id}")
         return follow(store, run.id)

@@ -81,9 +81,24 @@ def prompt_token_limit(config: RunConfig) -> TokenLimit:
 
 
 def reward_name(config: RunConfig) -> str:
-    """What open_clip calls the reward model: a built-in name, or ``local-dir:`` and a folder."""
+    """What open_clip calls the reward model: a built-in name, ``hf-hub:`` and a repository, or a folder.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    import difflib
+
+    import open_clip
+
     path = model_folder(config.models.reward.path, "reward")
-    return f"local-dir:{path}" if Path(path).is_dir() else path
+    if Path(path).is_dir():
+        return f"local-dir:{path}"
+    known = open_clip.list_models()
+    if path not in known and not path.startswith("hf-hub:"):
+        close = difflib.get_close_matches(path, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists them."
+        raise ConfigError(f"models.reward.path is {path!r}, which is no folder and no open_clip model; {hint}")
+    return path
 
 
 def quiet_libraries() -> None:

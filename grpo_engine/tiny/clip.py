@@ -150,9 +150,11 @@ def save_clip(model: nn.Module, tokenizer_folder: Path, vocabulary: int, folder:
     state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
-    config = {"model_cfg": model_config(vocabulary), "preprocess_cfg": preprocess}
+    config: dict[str, Any] = {"model_cfg": model_config(vocabulary), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.model_max_length = config["model_cfg"]["text_cfg"]["context_length"]
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
