@@ -8,7 +8,7 @@ what ground, and a policy trained on it would be right to ignore them too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,25 +155,3 @@ def save_clip(model: nn.Module, tokenizer_folder: Path, vocabulary: int, folder:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.model_max_length = config["model_cfg"]["text_cfg"]["context_length"]
     tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def retrieval_accuracy(
-    model: open_clip.CLIP,
-    tokenizer: Callable[..., Any],
-    pool: Pool,
-    texts: Sequence[str],
-    device: torch.device,
-    choices: int = 100,
-) -> float:
-    """Share of pictures whose own text scores highest among ``choices`` (its own and the next ones')."""
-    images, captions = [], []
-    for start in range(0, len(texts), 64):
-        images.append(F.normalize(model.encode_image(to_clip(pool.pictures[start : start + 64], device)), dim=-1))
-        captions.append(F.normalize(model.encode_text(tokenizer(list(texts[start : start + 64])).to(device)), dim=-1))
-    scores = torch.cat(images)[: len(texts)] @ torch.cat(captions).T
-    right = 0
-    for index in range(len(texts)):
-        others = [(index + offset) % len(texts) for offset in range(choices)]
-        right += int(scores[index, others].argmax() == 0)
-    return right / len(texts)
