@@ -257,33 +257,66 @@ class PureGRPOPolicy:
 
     # -- log-probabilities -------------------------------------------------------------------------------
 
-    def token_logprobs(self, completions: Completions) -> tuple[Tensor, Tensor]:
+    def token_logprobs(self, completions: Completions, *, share_prefix: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of sampled tokens under the present weights, with gradient.
 
-        Over the same kept sets that were sampled from. Logits are computed for completion tokens only.
+        Over the same kept sets that were sampled from. Logits are computed for completion tokens only. With
+        ``share_prefix`` the prompt goes through the model once for the whole group, else once a row; the result
+        and its gradient are the same up to rounding.
 
         Returns:
             float32 (G, T) and (G, T) on the policy's device, 0 on padding.
         """
-        rows, width = completions.token_ids.shape
-        prompt = completions.prompt_ids.expand(rows, -1)
-        tokens, mask = completions.token_ids.to(self.device), completions.mask.to(self.device)
-        ids = torch.cat([prompt.to(self.device), tokens], dim=1)
-        attention = torch.cat([torch.ones_like(prompt, device=self.device), mask.long()], dim=1)
-        positions = torch.arange(ids.shape[1], device=self.device).expand(3, rows, -1)
-        base = self._base
-        output = base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
-        start = prompt.shape[1] - 1  # the hidden state that predicts the first completion token
-        hidden = output.last_hidden_state[:, start : start + width][mask]
+        mask = completions.mask.to(self.device)
+        tokens = completions.token_ids.to(self.device)
+        # Recomputing activations in the backward pass and keeping keys and values exclude each other.
+        shared = share_prefix and not self.config.gradient_checkpointing
+        hidden = (self._hidden_shared if shared else self._hidden_plain)(completions.prompt_ids, tokens, mask)
         logprobs, entropies = truncated_logprobs(
-            base.lm_head(hidden),
+            self._base.lm_head(hidden[mask]),
             tokens[mask],
             None if completions.kept is None else completions.kept.to(self.device)[mask],
             temperature=self.sampling.temperature,
             suppressed=self.suppressed,
         )
-        zeros = torch.zeros(rows, width, device=self.device)
+        zeros = torch.zeros(tokens.shape, device=self.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+
+    def _hidden_shared(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (G, T, D) that predict each of ``tokens`` (G, T): P + G x (T - 1) tokens computed.
+
+        The prompt's keys and values are computed once, with gradient, and repeated for the group: every row's
+        gradient flows back into that one pass.
+        """
+        rows, width = tokens.shape
+        length = len(prompt_ids)
+        prompt = prompt_ids.to(self.device).unsqueeze(0)
+        positions = torch.arange(length + width, device=self.device)
+        output = self._base.model(input_ids=prompt, position_ids=positions[:length].expand(3, 1, -1), use_cache=True)
+        first = output.last_hidden_state[:, -1:].expand(rows, -1, -1)
+        if width == 1:
+            return first
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(rows)
+        output = self._base.model(
+            input_ids=tokens[:, :-1],  # nothing follows the last one
+            attention_mask=torch.cat([mask.new_ones(rows, length), mask[:, :-1]], dim=1).long(),
+            position_ids=positions[length:-1].expand(3, rows, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.cat([first, output.last_hidden_state], dim=1)
+
+    def _hidden_plain(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The same, every row with its own copy of the prompt: G x (P + T) tokens computed."""
+        rows, width = tokens.shape
+        prompt = prompt_ids.to(self.device).expand(rows, -1)
+        ids = torch.cat([prompt, tokens], dim=1)
+        attention = torch.cat([torch.ones_like(prompt), mask.long()], dim=1)
+        positions = torch.arange(ids.shape[1], device=self.device).expand(3, rows, -1)
+        output = self._base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+        start = len(prompt_ids) - 1  # the hidden state that predicts the first completion token
+        return output.last_hidden_state[:, start : start + width]
 
     # -- judging -----------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -321,6 +322,58 @@ def test_rows_of_a_group_can_be_taken_apart(environment: PureGRPOPromptEnvironme
         whole, _ = environment.policy.token_logprobs(group)
         parts = [environment.policy.token_logprobs(group.rows(slice(k, k + 1)))[0] for k in range(4)]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), TRUNCATIONS)
+def test_sharing_the_prompt_never_changes_log_probabilities_or_gradient(
+    own_policy: OwnPolicy,
+    prompts: list[Prompt],
+    ending: Ending,
+    adapter: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
+    truncation = (f"sampling.temperature={temperature}", f"sampling.top_k={top_k}", f"sampling.top_p={top_p}")
+    policy = own_policy(f"models.policy.adapter={adapter}", *truncation)
+    disturb(policy, 0.02)
+    with ending(policy):
+        groups = sample(policy, prompts[:2])
+    assert not all(group.mask.all() for group in groups)  # some rows are padded
+    results, gradients = [], []
+    for share in (False, True):
+        policy.model.train()
+        policy.model.zero_grad()
+        measured = [policy.token_logprobs(group, share_prefix=share) for group in groups]
+        sum((logprobs.sum() + 0.1 * entropies.sum() for logprobs, entropies in measured), torch.zeros(())).backward()
+        results.append(torch.cat([torch.stack(pair).flatten() for pair in measured]).detach())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.trainable().values()]))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-4
+
+
+@pytest.mark.parametrize(("length", "computed"), [(1, 5), (3, 5 + 4 * 2)])
+def test_the_prompt_goes_through_the_model_once_a_group(
+    own_policy: OwnPolicy, base_of: BaseOf, prompts: list[Prompt], length: int, computed: int
+) -> None:
+    policy = own_policy()
+    (group,) = sample(policy, prompts[:1])
+    short = replace(
+        group,
+        prompt_ids=group.prompt_ids[:5],
+        token_ids=group.token_ids[:, :length],
+        mask=group.mask[:, :length],
+        logprobs=group.logprobs[:, :length],
+        entropies=group.entropies[:, :length],
+    )
+    tokens = []
+    embedding = base_of(policy).get_input_embeddings()
+    with policy.reference():
+        handle = embedding.register_forward_hook(lambda _module, inputs, _output: tokens.append(inputs[0].numel()))
+        policy.token_logprobs(short)
+        handle.remove()
+    assert sum(tokens) == computed
 
 
 def test_the_prompt_stands_in_the_template_and_the_chat_markup(own_policy: OwnPolicy) -> None:
