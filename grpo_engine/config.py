@@ -151,15 +151,36 @@ class ModelsConfig(Section):
 
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Devices = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?(, ?cuda(:\d+)?)*)$")]
 
 
 class PlacementConfig(Section):
     """Which device holds which model."""
 
-    policy: Device = _f("auto", "Device of the policy: auto, cpu, cuda:0, ...")
-    image: Device = _f("auto", "Device of the image model.")
-    reward: Device = _f("auto", "Device of the reward model.")
+    plan: Literal["auto", "three-gpu", "balanced", "two-gpu", "one-gpu", "cpu", "explicit"] = _f(
+        "auto",
+        "Who sits where: 'auto' takes the plan for the GPUs there are (one model each from three on), 'balanced' has "
+        "two image models, 'explicit' leaves it to the three devices below.",
+    )
+    policy: Device = _f("auto", "Device of the policy in place of the plan's: auto, cpu, cuda:0, ...")
+    image: Devices = _f(
+        "auto", "Device of the image model in place of the plan's; several with commas, for as many image models."
+    )
+    reward: Device = _f("auto", "Device of the reward model in place of the plan's.")
     threads: int = _f(0, "CPU threads of the whole process; 0 = as many as cores.", ge=0, le=1024, advanced=True)
+
+    @model_validator(mode="after")
+    def _devices_are_named(self) -> PlacementConfig:
+        unnamed = [role for role in ("policy", "image", "reward") if getattr(self, role) == "auto"]
+        if self.plan == "explicit" and unnamed:
+            raise ValueError(
+                f"plan is 'explicit', but no device is named for {' and '.join(unnamed)}; name one (cpu, cuda:0, ...) "
+                "or set placement.plan to 'auto'"
+            )
+        names = ["cuda:0" if name == "cuda" else name for name in self.image.replace(" ", "").split(",")]
+        if len(set(names)) < len(names):
+            raise ValueError(f"image is {self.image!r}, which names a device twice; give every image model its own")
+        return self
 
 
 class SamplingConfig(Section):
@@ -348,7 +369,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
-            raise ConfigError(_sentences(error)) from error
+            raise ConfigError("\n".join(sentence for _, sentence in _problems(error))) from error
 
     def dump_yaml(self) -> str:
         """All settings as YAML, as saved beside a run; :meth:`load` reads it back to an equal value."""
@@ -359,11 +380,23 @@ class RunConfig(Section):
         mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
-    def as_overrides(self) -> list[str]:
-        """The ``--set`` arguments that rebuild this configuration from its preset."""
-        base = type(self).load(self.preset if self.preset in preset_names() else DEFAULT_PRESET)
+    def as_overrides(self, base: RunConfig | None = None) -> list[str]:
+        """The ``--set`` arguments that rebuild this configuration from ``base``; without it, from its preset."""
+        base = base or type(self).load(self.preset if self.preset in preset_names() else DEFAULT_PRESET)
         changed = self.differences(base)
         return [f"{key}={json.dumps(mine, ensure_ascii=False)}" for key, (mine, _) in changed.items()]
+
+
+def find_problems(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What :meth:`RunConfig.parse` would refuse: (dotted name of the setting or section, sentence) each.
+
+    The name is empty where settings of several sections do not fit together.
+    """
+    try:
+        RunConfig.model_validate(dict(data))
+    except ValidationError as error:
+        return _problems(error)
+    return []
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -437,21 +470,23 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _sentences(error: ValidationError) -> str:
-    lines = []
+def _problems(error: ValidationError) -> list[tuple[str, str]]:
+    """(field, sentence) of each problem."""
+    found = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"There is no setting {field!r}{_suggest(field)}.")
+            sentence = f"There is no setting {field!r}{_suggest(field)}."
         elif problem["type"] == "value_error":
-            lines.append(f"{field + ': ' if field else ''}{problem['ctx']['error']}.")
+            sentence = f"{field + ': ' if field else ''}{problem['ctx']['error']}."
         else:
             if problem["type"] == "string_pattern_mismatch":
                 allowed = "should be auto, cpu, cuda or cuda:0, cuda:1, ..."
             else:
                 allowed = "should " + problem["msg"].partition(" should ")[2]
-            lines.append(f"{field} is {problem['input']!r}, but it {allowed}.")
-    return "\n".join(lines)
+            sentence = f"{field} is {problem['input']!r}, but it {allowed}."
+        found.append((field, sentence))
+    return found
 
 
 def _suggest(field: str) -> str:

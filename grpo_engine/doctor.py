@@ -9,18 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from .config import ConfigError, RunConfig
-from .placement import available_devices, compute_dtype
+from .memory import GIB, MemoryPlan, MemoryRefusal, device_memory, plan_memory
+from .placement import Placement, available_devices, compute_dtype, intended
 from .tiny import WEIGHTS
 
 PACKAGES = (
     "torch", "torchvision", "transformers", "diffusers", "open_clip_torch", "peft", "accelerate",
     "gradio", "plotly", "sqlite-utils", "pydantic",
 )  # fmt: skip
-GIB = 2**30
 
 
 def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
@@ -38,14 +37,8 @@ def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
         if not (WEIGHTS / part).is_dir():
             problems.append(f"The embedded {part} model is missing; run 'python -m grpo_engine.tiny.build'.")
     problems += _database_problems(db)
-    placement = None
-    try:
-        from .session import Plan
-
-        plan = Plan(RunConfig.load(preset, overrides))
-        placement = plan.placement.describe()
-    except ConfigError as error:
-        problems.append(str(error))
+    placement, memory, found = _planned(preset, overrides)
+    problems += found
     folder = next(folder for folder in Path(db).resolve().parents if folder.exists())
     disk = shutil.disk_usage(folder)
     return {
@@ -58,19 +51,37 @@ def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
         "disk_free_gib": round(disk.free / GIB, 1),
         "database": db,
         "settings": preset,
-        "placement": placement,
+        "placement": None if placement is None else placement.describe(),
+        "memory": None if memory is None else memory.as_data() | {"text": memory.as_text()},
         "problems": problems,
     }
 
 
 def _memory(device: str) -> dict[str, float]:
     """Free and total memory of a device in GiB."""
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(torch.device(device))
-    else:
-        memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
-    return {"free_gib": round(free / GIB, 1), "total_gib": round(total / GIB, 1)}
+    memory = device_memory(device)
+    return {"free_gib": round(memory.free / GIB, 1), "total_gib": round(memory.total / GIB, 1)}
+
+
+def _planned(preset: str, overrides: Iterable[str]) -> tuple[Placement | None, MemoryPlan | None, list[str]]:
+    """Where the models would go, what they would need there even if it is not here, and what prevents the run."""
+    try:
+        config = RunConfig.load(preset, overrides)
+    except ConfigError as error:
+        return None, None, [str(error)]
+    from .session import Plan
+
+    placement = intended(config.placement)
+    try:
+        return placement, Plan(config).memory, []
+    except MemoryRefusal as refusal:
+        return placement, refusal.plan, [str(refusal)]
+    except ConfigError as error:
+        problem = str(error)
+    try:
+        return placement, plan_memory(config, placement), [problem]
+    except ConfigError:  # a model's path names nothing, which is the problem already found
+        return placement, None, [problem]
 
 
 def _database_problems(db: str) -> list[str]:
@@ -95,6 +106,8 @@ def print_findings(findings: dict[str, Any]) -> None:
     print(f"CPU threads: {findings['cpu_threads']}; bfloat16 {bf16}. Disk: {findings['disk_free_gib']} GiB free.")
     if findings["placement"]:
         print(f"With {findings['settings']}: {findings['placement']}.")
+    if findings["memory"]:
+        print("\n".join(findings["memory"]["text"]))
     for problem in findings["problems"]:
         print(f"Problem: {problem}")
     if not findings["problems"]:

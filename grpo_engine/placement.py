@@ -1,25 +1,58 @@
-"""Which model sits on which device, and in which number format."""
+"""Which model sits on which device, and in which number format.
+
+A named plan (``placement.plan``) chooses devices for all three roles; ``placement.policy``, ``.image`` and
+``.reward`` override its choice one by one. ``memory.py`` then says whether the models fit there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .config import ConfigError, PlacementConfig, RunConfig
 
+PLANS: dict[str, dict[str, tuple[str, ...]]] = {
+    "three-gpu": {"policy": ("cuda:0",), "image": ("cuda:1",), "reward": ("cuda:2",)},
+    # Rendering dominates at full scale, and the reward is small: it shares a GPU with one of two image models.
+    "balanced": {"policy": ("cuda:0",), "image": ("cuda:1", "cuda:2"), "reward": ("cuda:2",)},
+    "two-gpu": {"policy": ("cuda:0",), "image": ("cuda:1",), "reward": ("cuda:1",)},
+    "one-gpu": {"policy": ("cuda:0",), "image": ("cuda:0",), "reward": ("cuda:0",)},
+    "cpu": {"policy": ("cpu",), "image": ("cpu",), "reward": ("cpu",)},
+}
+AUTO = ("cpu", "one-gpu", "two-gpu", "three-gpu")
+"""The plan that "auto" takes, by the number of GPUs; three for more."""
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Resolved devices of the three models."""
+    """Resolved devices of the three models.
+
+    Attributes:
+        images: one image model on each of them, the primary one first; never empty, all different.
+        plan: the plan these devices are, or "explicit" where they are nobody's but the user's.
+    """
 
     policy: torch.device
-    image: torch.device
+    images: tuple[torch.device, ...]
     reward: torch.device
+    plan: str = "explicit"
+
+    @property
+    def image(self) -> torch.device:
+        """The primary image model's device."""
+        return self.images[0]
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Every device that holds a model, each once."""
+        return tuple(dict.fromkeys((self.policy, *self.images, self.reward)))
 
     def describe(self) -> str:
         """One line for the log."""
-        return f"policy on {self.policy}, image model on {self.image}, reward on {self.reward}"
+        images = f"image model{'s' if len(self.images) > 1 else ''} on {_listed([str(d) for d in self.images])}"
+        return f"policy on {self.policy}, {images}, reward on {self.reward} (plan {self.plan})"
 
 
 def available_devices() -> list[str]:
@@ -27,29 +60,70 @@ def available_devices() -> list[str]:
     return [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
 
 
-def resolve(config: PlacementConfig) -> Placement:
-    """Turn "auto" into devices: three GPUs hold one model each, fewer are shared from the front, else the CPU.
+def resolve(config: PlacementConfig, devices: Sequence[str] | None = None) -> Placement:
+    """Turn a plan and its overrides into devices.
+
+    Args:
+        devices: what there is, as :func:`available_devices` names it; None = look.
 
     Raises:
-        ConfigError: a named device does not exist here.
+        ConfigError: a device of the plan or of an override is not among them.
     """
-    there = available_devices()
-    gpus = [name for name in there if name.startswith("cuda")]
-    order = {"policy": 0, "image": 1, "reward": 2}
-    found: dict[str, torch.device] = {}
-    for role, rank in order.items():
+    there = available_devices() if devices is None else list(devices)
+    fitting = _fitting(there)
+    plan = fitting if config.plan == "auto" else config.plan
+    found = _chosen(config, plan)
+    for role, names in found.items():
         wanted: str = getattr(config, role)
-        if wanted == "auto":
-            wanted = gpus[min(rank, len(gpus) - 1)] if gpus else there[0]
-        elif wanted == "cuda":
-            wanted = "cuda:0"
-        if wanted not in there:
+        missing = [name for name in names if name not in there]
+        if missing and wanted != "auto":
             raise ConfigError(
-                f"placement.{role} is {wanted!r}, but this machine has {', '.join(there)}; "
-                "choose one of those or 'auto'."
+                f"placement.{role} is {wanted!r}, but this machine has {_listed(there)}; choose there or use 'auto'."
             )
-        found[role] = torch.device(wanted)
-    return Placement(**found)
+        if missing:
+            needed = sorted({name for part in PLANS[plan].values() for name in part})
+            raise ConfigError(
+                f"placement.plan is {plan!r}, which needs {_listed(needed)}, but this machine has {_listed(there)}; "
+                f"use {fitting!r} or 'auto'."
+            )
+    return _placed(found)
+
+
+def intended(config: PlacementConfig, devices: Sequence[str] | None = None) -> Placement:
+    """What :func:`resolve` would say if every device that the settings name existed."""
+    there = available_devices() if devices is None else list(devices)
+    return _placed(_chosen(config, _fitting(there) if config.plan == "auto" else config.plan))
+
+
+def _fitting(there: Sequence[str]) -> str:
+    """The plan for as many GPUs as there are."""
+    return AUTO[min(sum(name.startswith("cuda") for name in there), len(AUTO) - 1)]
+
+
+def _chosen(config: PlacementConfig, plan: str) -> dict[str, tuple[str, ...]]:
+    """Names of each role's devices; an explicit plan has an override for each (``PlacementConfig`` sees to it)."""
+    return {
+        role: PLANS[plan][role] if getattr(config, role) == "auto" else _names(getattr(config, role))
+        for role in ("policy", "image", "reward")
+    }
+
+
+def _placed(found: dict[str, tuple[str, ...]]) -> Placement:
+    return Placement(
+        policy=torch.device(found["policy"][0]),
+        images=tuple(torch.device(name) for name in found["image"]),
+        reward=torch.device(found["reward"][0]),
+        plan=next((name for name, parts in PLANS.items() if parts == found), "explicit"),
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The devices in a setting; "cuda" is the first GPU."""
+    return tuple("cuda:0" if name == "cuda" else name for name in text.replace(" ", "").split(","))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
 from .judge import make_judge
 from .loading import load_environment, read_prompts
+from .memory import plan_memory
 from .placement import Placement, apply_threads, resolve
 from .prompts import Prompt, PromptSet
 from .recorder import Evaluation, EvaluationItem
@@ -35,7 +36,7 @@ class Plan:
     """What a run needs, checked before any model loads.
 
     Raises:
-        ConfigError: prompts, devices or sizes that can't work; one sentence.
+        ConfigError: prompts, devices or sizes that can't work, or models that don't fit there; one sentence.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -73,6 +74,9 @@ class Plan:
                 "evaluation.judge is 'checker', but the prompt set has prompts without a 'request' for it to check; "
                 "use 'auto' or 'vqa'."
             )
+        texts = [prompt.text for prompt in (*self.train, *self.test, *self.validation)]
+        self.memory = plan_memory(config, self.placement, prompts=texts)
+        self.memory.require()
 
 
 class Session:
@@ -102,7 +106,7 @@ class Session:
 
         Every exception becomes the state "failed" with one sentence; the traceback goes to the run's log.
         """
-        before = self.store.run(self.run_id)
+        before = self.store.require_local(self.run_id)
         resuming = before.resumed_count > 0 or before.state in ENDINGS
         try:
             self.config = RunConfig.parse(before.config)

@@ -1,0 +1,345 @@
+"""The memory plan: what a run needs on each device against what is there, before any model loads.
+
+``memory_needs.py`` says what each model needs. On one device the phases of a step take turns, so only the
+largest of them counts there. :meth:`MemoryPlan.require` refuses a run that can't fit, and says which settings
+would make it fit: each was planned again with that setting, so the advice is as true as the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from .config import ConfigError, RunConfig
+from .memory_needs import Item, Needs, image_needs, policy_needs, reward_needs, total
+from .model_sizes import ModelSizes, prompt_tokens, read_sizes
+from .placement import PLANS, Placement, available_devices, resolve
+
+GIB = 2**30
+PROCESS = 1.1 * GIB  # Python, torch, transformers, diffusers and open_clip, resident
+CUDA_CONTEXT = 0.6 * GIB  # of one process on one GPU, with cuBLAS and cuDNN
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: ``free`` is all that other programs leave, what this process holds included."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Everything on one device; ``memory`` None = it is not here, or can't be asked."""
+
+    device: str
+    items: tuple[Item, ...]
+    memory: Memory | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of all counted items that are known: a lower bound where one is unknown."""
+        return total(item for item in self.items if item.counted)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether something on this device has no known size."""
+        return any(item.bytes is None for item in self.items)
+
+    @property
+    def fits(self) -> bool | None:
+        """None where that can't be known."""
+        if self.memory is None:
+            return None
+        if self.needed > self.memory.free:
+            return False
+        return None if self.unknown else True
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings with which the run fits, as ``--set`` takes them, and what each device then needs in bytes."""
+
+    settings: tuple[str, ...]
+    needed: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return " with ".join(self.settings)
+
+
+class MemoryRefusal(ConfigError):
+    """The run can't fit. ``plan`` says what it would need."""
+
+    def __init__(self, message: str, plan: MemoryPlan) -> None:
+        super().__init__(message)
+        self.plan = plan
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs on every device it uses, the CPU always among them."""
+
+    devices: tuple[DevicePlan, ...]
+    notes: tuple[str, ...] = ()
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def fits(self) -> bool | None:
+        """False if a device is too small, None if that can't be known of one, else True."""
+        answers = {device.fits for device in self.devices}
+        return False if False in answers else None if None in answers else True
+
+    def require(self) -> None:
+        """Refuse what can't fit.
+
+        Raises:
+            MemoryRefusal: one sentence with device, needed, free, and what would help.
+        """
+        if self.fits is False:
+            raise MemoryRefusal(self._refusal(), self)
+
+    def _refusal(self) -> str:
+        short = []
+        for device in self.devices:
+            if device.fits is False and device.memory is not None:
+                counted = [item for item in device.items if item.counted]
+                parts = {item.part: total(other for other in counted if other.part == item.part) for item in counted}
+                split = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size > 0)
+                short.append(
+                    f"{device.device} needs about {_size(device.needed)} ({split}), but only "
+                    f"{_size(device.memory.free)} of its {_size(device.memory.total)} are free"
+                )
+        if self.advice:
+            remedy = "set " + ", or ".join(str(advice) for advice in self.advice[:3])
+        else:
+            remedy = "no settings of these models make it fit; use smaller ones, or a device with more memory"
+        if all(device.needed <= device.memory.total for device in self.devices if device.memory is not None):
+            remedy += ", or end what else uses that memory"
+        return f"{'; '.join(short)}; {remedy}."
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """One row an item, for a table: device, part, what, gib (None = unknown), kind, counted."""
+        return [
+            {
+                "device": device.device,
+                "part": item.part,
+                "what": item.what,
+                "gib": None if item.bytes is None else round(item.bytes / GIB, 3),
+                "kind": item.kind,
+                "counted": item.counted,
+            }
+            for device in self.devices
+            for item in device.items
+        ]
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything as plain data; sizes in GiB."""
+        return {
+            "fits": self.fits,
+            "devices": [
+                {
+                    "device": device.device,
+                    "needed_gib": round(device.needed / GIB, 2),
+                    "free_gib": None if device.memory is None else round(device.memory.free / GIB, 2),
+                    "total_gib": None if device.memory is None else round(device.memory.total / GIB, 2),
+                    "fits": device.fits,
+                }
+                for device in self.devices
+            ],
+            "items": self.as_rows(),
+            "advice": [
+                {
+                    "settings": list(advice.settings),
+                    "needed_gib": {device: round(size / GIB, 2) for device, size in advice.needed.items()},
+                }
+                for advice in self.advice
+            ],
+            "notes": list(self.notes),
+        }
+
+    def as_text(self) -> list[str]:
+        """Lines for people."""
+        lines = []
+        for device in self.devices:
+            least = "at least " if device.unknown else ""
+            if device.memory is None:
+                there = "not on this machine"
+            else:
+                there = f"{_size(device.memory.free)} of {_size(device.memory.total)} free"
+            answer = {True: "fits", False: "does not fit", None: "can't say whether it fits"}[device.fits]
+            lines.append(f"{device.device}: needs {least}{_size(device.needed)}, {there}: {answer}")
+            for item in device.items:
+                size = "?" if item.bytes is None else _size(item.bytes)
+                turn = "" if item.counted else ", not at the same time"
+                lines.append(f"  {size:>10}  {item.part}: {item.what} ({item.kind}{turn})")
+        lines += list(self.notes)
+        lines += [
+            f"It would fit with {advice}: "
+            + ", ".join(f"{_size(size)} on {device}" for device, size in advice.needed.items())
+            + "."
+            for advice in self.advice
+        ]
+        return lines
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def device_memory(device: str) -> Memory:
+    """Memory of a device that is here. What this process holds counts as free: its runs come one after another."""
+    if device.startswith("cuda"):
+        free, capacity = torch.cuda.mem_get_info(torch.device(device))
+        return Memory(free + torch.cuda.memory_reserved(torch.device(device)), capacity)
+    memory = psutil.virtual_memory()
+    return Memory(min(memory.total, memory.available + psutil.Process().memory_info().rss), memory.total)
+
+
+def plan_memory(
+    config: RunConfig,
+    placement: Placement,
+    *,
+    prompts: Sequence[str] = (),
+    memory: Mapping[str, Memory] | None = None,
+    sizes: ModelSizes | None = None,
+) -> MemoryPlan:
+    """Plan a run's memory. Reads configurations and file headers; loads and downloads nothing.
+
+    Args:
+        prompts: that will be rewritten; without them, one as long as ``data.max_prompt_chars`` allows.
+        memory: of every device there is; None = ask those that the run uses.
+        sizes: of the models; None = read them.
+
+    Raises:
+        ConfigError: a model's path names nothing.
+    """
+    head = prompt_tokens(config, prompts)
+    found = read_sizes(config) if sizes is None else sizes
+    used = {"cpu", *(str(device) for device in placement.devices)}
+    # To ask a GPU makes this process a user of it: the others are asked only when advice needs them.
+    asked = {name: device_memory(name) for name in available_devices() if name in used} if memory is None else memory
+    plan = _planned(config, placement, head, asked, found)
+    if plan.fits is not False:
+        return plan
+    if memory is None:
+        asked = {name: asked.get(name) or device_memory(name) for name in available_devices()}
+    return replace(plan, advice=tuple(_advice(config, placement, head, asked, found)))
+
+
+def _planned(
+    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes
+) -> MemoryPlan:
+    placed: list[tuple[torch.device, Needs]] = [
+        (placement.policy, policy_needs(config, placement.policy, head, sizes.policy)),
+        *((device, image_needs(config, device, sizes.image)) for device in placement.images),
+        (placement.reward, reward_needs(config, placement.reward, sizes.reward)),
+    ]
+    names = [*(str(device) for device in placement.devices if device.type != "cpu"), "cpu"]
+    devices = []
+    for name in names:
+        needs = [need for device, need in placed if str(device) == name]
+        if name == "cpu":
+            needs += [
+                Needs(need.part, [], [[_passing(need, device)]])
+                for device, need in placed
+                if device.type != "cpu" and need.through_host
+            ]
+        devices.append(_device_plan(name, needs, memory.get(name)))
+    return MemoryPlan(tuple(devices), sizes.notes)
+
+
+def _passing(need: Needs, device: torch.device) -> Item:
+    return Item(need.part, f"weights converted on their way to {device}", need.through_host, "estimate")
+
+
+def _device_plan(device: str, needs: list[Needs], memory: Memory | None) -> DevicePlan:
+    base, what = (PROCESS, "Python") if device == "cpu" else (CUDA_CONTEXT, "CUDA")
+    items = [Item("process", f"{what} and its libraries", int(base), "estimate")]
+    largest = max((phase for need in needs for phase in need.phases), key=total, default=[])
+    for need in needs:
+        items += need.stays
+        in_turn = dict.fromkeys(item for phase in need.phases for item in phase)  # some belong to several phases
+        items += [replace(item, counted=item in largest) for item in in_turn]
+    return DevicePlan(device, tuple(items), memory)
+
+
+# -- advice --------------------------------------------------------------------------------------------------
+
+
+def _advice(
+    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes
+) -> Iterator[Advice]:
+    """Settings that make the run fit as far as sizes are known: each by itself, else several that all are needed."""
+
+    def fitting(settings: Mapping[str, Any]) -> Advice | None:
+        changed = _changed(config, settings)
+        try:
+            moved = resolve(changed.placement, list(memory)) if changed.placement != config.placement else placement
+        except ConfigError:  # a plan for more GPUs than there are
+            return None
+        plan = _planned(changed, moved, head, memory, sizes)
+        written = tuple(f"{name}={str(value).lower()}" for name, value in settings.items())
+        needed = {device.device: device.needed for device in plan.devices}
+        return None if plan.fits is False else Advice(written, needed)
+
+    candidates = _candidates(config)
+    alone = False
+    for name, values in candidates.items():
+        if found := next(filter(None, (fitting({name: value}) for value in values)), None):
+            alone = True
+            yield found
+    if alone:
+        return
+    chosen: dict[str, Any] = {}
+    for name, values in candidates.items():
+        if values and name != "placement.plan":
+            chosen[name] = values[-1]
+        if fitting(chosen):
+            break
+    else:
+        return
+    for name in reversed(list(chosen)):  # the costliest first: without it if possible, else as mildly as possible
+        others = {key: value for key, value in chosen.items() if key != name}
+        if fitting(others):
+            chosen = others
+        else:
+            chosen[name] = next(value for value in candidates[name] if fitting({**chosen, name: value}))
+    if found := fitting(chosen):
+        yield found
+
+
+def _candidates(config: RunConfig) -> dict[str, list[Any]]:
+    """Settings that need less memory, and their values from the mildest on; what changes no result comes first."""
+    image, policy = config.models.image, config.models.policy
+    return {
+        "placement.plan": [name for name in PLANS if name not in (config.placement.plan, "cpu")],
+        "training.update_rows": _halves(config.training.update_rows or config.sampling.num_rollouts),
+        "sampling.prompts_per_pass": _halves(config.sampling.prompts_per_pass or config.training.batch_size),
+        "models.image.batch_size": _halves(image.batch_size),
+        "models.policy.gradient_checkpointing": [] if policy.gradient_checkpointing else [True],
+        "models.policy.dtype": ["bfloat16"] if policy.dtype in ("auto", "float32") else [],
+        "models.image.use_t5": [False] if image.use_t5 else [],
+        "models.image.dtype": ["bfloat16"] if image.dtype == "float32" else [],
+        "models.image.resolution": [side for side in (768, 512, 256) if side < image.resolution],
+        "models.policy.adapter": ["lora"] if policy.adapter == "full" else [],
+    }
+
+
+def _halves(value: int) -> list[int]:
+    """``value`` halved again and again, down to 1."""
+    return [] if value <= 1 else [value // 2, *_halves(value // 2)]
+
+
+def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    data = config.model_dump()
+    for name, value in settings.items():
+        *parents, leaf = name.split(".")
+        node = data
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return RunConfig.parse(data)

@@ -1,0 +1,238 @@
+"""What each model needs in memory: what stays on its device, and the phases of a step that take turns there.
+
+Weights, adapters, gradients, optimizer state and caches follow exactly from the models' sizes. What sampling,
+the update, rendering and scoring need for a while is estimated from what the code computes, in the same
+chunks; encoding one text at a time is too little to count. Pure arithmetic on :mod:`model_sizes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from .config import RunConfig
+from .image_model import StableDiffusion3
+from .model_sizes import ImageSize, PolicySize, RewardSize, Source, Weights
+from .placement import compute_dtype
+
+Kind = Literal["exact", "estimate", "published size", "unknown"]
+KINDS: dict[Source, Kind] = {"files": "exact", "configuration": "exact", "published": "published size"}
+
+WIDE = 4  # bytes of float32, in which the adapter and all losses are computed
+DENOISER_COPIES = 12.5  # tensors of one joint block (SD3) alive at once: 9.7 to 12.2 measured
+DECODER_COPIES = 3.25  # tensors of the full-resolution stage alive at once: 3.0 measured, and the convolution's own
+CLIP_COPIES = 12  # tensors (B, tokens, width) alive at once in a block of the vision tower: 12.0 measured
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the plan; ``bytes`` None = unknown. ``counted`` is false where a larger phase stands for it."""
+
+    part: str
+    what: str
+    bytes: int | None
+    kind: Kind
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one model on one device.
+
+    Attributes:
+        stays: held for the whole run.
+        phases: each a list of what is held at once for a while; phases of one device take turns.
+        through_host: bytes of the host's memory that loading the model onto a GPU takes for a while.
+    """
+
+    part: str
+    stays: list[Item]
+    phases: list[list[Item]] = field(default_factory=list)
+    through_host: int = 0
+
+
+def total(items: Iterable[Item]) -> int:
+    """Bytes of items whose size is known."""
+    return sum(item.bytes or 0 for item in items)
+
+
+def _weights(part: str, what: str, weights: Weights, dtype: torch.dtype) -> Item:
+    return Item(part, f"{what} in {str(dtype).removeprefix('torch.')}", weights.bytes(dtype), KINDS[weights.source])
+
+
+def _estimate(part: str, what: str, amount: float) -> Item:
+    return Item(part, what, int(amount), "estimate")
+
+
+def policy_needs(config: RunConfig, device: torch.device, head: int, size: PolicySize | None) -> Needs:
+    """Of the policy, see ``policy.py`` and ``trainer.py``. ``head``: tokens of the longest prompt in its template."""
+    settings = config.models.policy
+    if size is None:
+        return Needs("policy", [Item("policy", "everything", None, "unknown")])
+    dtype = compute_dtype(settings.dtype, device)
+    weights = _weights("policy", "weights", size.weights, dtype)
+    if settings.adapter == "lora":
+        state = WIDE * size.adapter(settings.lora.rank, settings.lora.targets)  # peft keeps adapters in float32
+        stays = [weights, Item("policy", "adapter, its gradients and AdamW's two moments", 4 * state, "exact")]
+    else:
+        state = dtype.itemsize * (size.weights.elements - size.vision)
+        stays = [
+            weights,
+            replace(weights, what="untouched copy, the reference policy"),
+            Item("policy", "gradients and AdamW's two moments", 3 * state, weights.kind),
+        ]
+    phases = [
+        _sampling(config, size, dtype.itemsize, head),
+        *_update(config, size, dtype.itemsize, head),
+    ]
+    if device.type == "cuda":  # there AdamW takes the square roots of all second moments at once
+        phases.append([_estimate("policy", "AdamW step", state)])
+    if config.evaluation.judge in ("auto", "vqa") and size.pixels_per_token:
+        phases.append(_judging(config, size, dtype.itemsize, head))
+    return Needs("policy", stays, phases, through_host=size.weights.converted(dtype))
+
+
+def _kept(config: RunConfig, size: PolicySize) -> tuple[bool, int]:
+    """Whether sampling truncates, and how many tokens a kept set has at most."""
+    sampling = config.sampling
+    return sampling.top_k > 0 or sampling.top_p < 1.0, min(sampling.top_k or size.vocabulary, size.vocabulary)
+
+
+def _per_token(size: PolicySize, width: int) -> tuple[int, int]:
+    """Bytes of a token's keys and values in all layers, and of what one layer holds of it without gradients."""
+    cache = size.layers * 2 * size.kv_heads * size.head_dim * width
+    return cache, (size.hidden + size.intermediate) * (3 * width + WIDE)
+
+
+def _sampling(config: RunConfig, size: PolicySize, width: int, head: int) -> list[Item]:
+    """``PureGRPOPolicy.sample`` with training's chunk of prompts or evaluation's, whichever has more rows.
+
+    ``width``: bytes of a weight; ``head``: as in :func:`policy_needs`.
+    """
+    evaluation, tail = config.evaluation, config.sampling.max_new_tokens
+    chunk = min(config.sampling.prompts_per_pass or config.training.batch_size, config.training.batch_size)
+    shown = min(max(1, config.models.image.batch_size // evaluation.images_per_prompt), evaluation.prompts)
+    rows, prompts = max((chunk * config.sampling.num_rollouts, chunk), (shown * max(1, evaluation.samples), shown))
+    truncated, kept = _kept(config, size)
+    cache, layer = _per_token(size, width)
+    # One layer's keys and values are there twice as they grow by a token, and repeated for all query heads.
+    repeated = size.heads if size.heads > size.kv_heads else 0
+    copied = 2 * (size.kv_heads + repeated) * size.head_dim * width
+    logits = (width + 2 * WIDE) * size.vocabulary + 60 * kept  # sampler.truncate and draw
+    return [
+        _estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied)),
+        _estimate("policy", f"prompts of {prompts} groups", prompts * head * layer),
+        _estimate("policy", f"logits of {rows} rows", rows * logits),
+        _estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * (3 if truncated else 1)),
+    ]
+
+
+def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[list[Item]]:
+    """``PureGRPOTrainer._part_loss``: some rewrites of a group forward, then backward, together."""
+    group, tail = config.sampling.num_rollouts, config.sampling.max_new_tokens
+    rows = min(config.training.update_rows or group, group)
+    if config.models.policy.gradient_checkpointing:  # every layer's input; the rest of a layer when it is at work
+        tokens = rows * (head + tail)
+        recomputed = saved_by_layer(config, size, width, tokens, tokens, tokens * (head + tail))
+        kept = size.layers * size.hidden * width * tokens
+    else:  # the prompt goes through once; its keys and values are repeated for the rows
+        last = head + tail - 1
+        tokens, keys = head + rows * (tail - 1), head + rows * last
+        layer = saved_by_layer(config, size, width, tokens, keys, head**2 + rows * (tail - 1) * last)
+        cache, _ = _per_token(size, width)
+        kept = size.layers * layer + (rows * last * cache if size.heads > size.kv_heads else 0)
+        recomputed = 0
+    ends = 3 * size.hidden * WIDE * tokens  # embeddings and the last norm
+    truncated, most = _kept(config, size)
+    # Copies of (N, V) in sampler.truncated_logprobs and its backward pass: the whole distribution, or a few sets.
+    logits = (width + 3 * WIDE) * size.vocabulary + 45 * most if truncated else (width + 26) * size.vocabulary
+    activations = _estimate("policy", f"activations of {rows} rows, {tokens} tokens", kept + ends)
+    working = tokens * (3 * width + 2 * WIDE) * size.intermediate
+    return [
+        [activations, _estimate("policy", f"logits of {rows} x {tail} tokens", rows * tail * logits)],
+        [activations, _estimate("policy", "backward pass of one layer", recomputed + working)],
+    ]
+
+
+def _judging(config: RunConfig, size: PolicySize, width: int, head: int) -> list[Item]:
+    """``PureGRPOPolicy.probability_of_yes``: one picture at a time."""
+    seen = config.models.image.resolution**2 // size.pixels_per_token
+    tower = 4 * seen * size.vision_width * 14 * width  # four patches a token; 14 tensors alive, 8 of them the MLP's
+    read = (seen + head) * sum(_per_token(size, width))
+    return [_estimate("policy", f"judging a picture of {seen} tokens", tower + read)]
+
+
+def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int, keys: int, pairs: int) -> int:
+    """Bytes that one decoder layer keeps for the backward pass.
+
+    Counted from what autograd saves in transformers' Qwen2-VL with PEFT (``torch.autograd.graph``): the norms'
+    float32 inputs; queries, the attention's output and its normaliser; gate, its SiLU and up; the inputs of the
+    trained layers; keys and values, repeated for every query head; the mask. An adapter of a half precision
+    layer casts its input to float32, once for each layer.
+
+    Args:
+        width: bytes of a weight.
+        tokens: that go through the layer, over all rows.
+        keys: that are attended to, over all rows.
+        pairs: token times key, over all rows.
+    """
+    policy = config.models.policy
+    hidden, inner, query = size.hidden, size.intermediate, size.heads * size.head_dim
+    each = 2 * hidden * WIDE + (2 * query + 3 * inner) * width + size.heads * WIDE
+    dense = policy.lora.targets == "all-linear"
+    if policy.adapter == "full":
+        each += (2 * hidden + inner) * width + 2 * hidden * width  # the latter: outputs of the norms
+    else:
+        if width == WIDE:
+            inputs = hidden + dense * (hidden + inner)  # of the output projection: the attention's output, see above
+        else:
+            inputs = 3 * hidden + query + dense * (2 * hidden + inner)
+        each += inputs * WIDE + policy.lora.rank * WIDE * (7 if dense else 4)
+    return tokens * each + keys * 2 * query * width + pairs * width
+
+
+def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None) -> Needs:
+    """Of one image model, see ``image_model.py``."""
+    settings = config.models.image
+    if size is None:
+        return Needs("image model", [Item("image model", "everything", None, "unknown")])
+    dtype = compute_dtype(settings.dtype, device)
+    formats = {name: torch.float32 if name == "vae" else dtype for name in size.parts}
+    if not settings.use_t5:
+        formats.pop("text_encoder_3", None)
+    stays = [_weights("image model", name, size.parts[name], kind) for name, kind in formats.items()]
+    through_host = sum(size.parts[name].converted(kind) for name, kind in formats.items())
+    read = size.text_tokens + settings.max_sequence_length
+    texts = StableDiffusion3.EMBEDDING_CACHE * read * size.text_width * dtype.itemsize
+    remembered = f"{StableDiffusion3.EMBEDDING_CACHE} remembered prompt embeddings"
+    stays.append(_estimate("image model", remembered, texts))
+    batch, guided = settings.batch_size, 2 if settings.guidance > 1.0 else 1
+    side = settings.resolution // size.vae_factor
+    latents = batch * size.latent_channels * side**2 * WIDE * 4  # noise, present, predicted, next
+    tokens = guided * batch * (side**2 // size.patch_area + read)
+    embedded = 2 * guided * batch * read * size.text_width * dtype.itemsize
+    denoised = tokens * size.width * dtype.itemsize * DENOISER_COPIES
+    decoded = batch * settings.resolution**2 * size.decoder_width * WIDE * DECODER_COPIES
+    pictures = f"{batch} pictures of {settings.resolution} x {settings.resolution}"
+    denoising = [
+        _estimate("image model", f"denoising {pictures}", denoised),
+        _estimate("image model", "their latents and prompt embeddings", latents + embedded),
+    ]
+    decoding = [_estimate("image model", f"decoding {pictures}", decoded + latents)]
+    return Needs("image model", stays, [denoising, decoding], through_host)
+
+
+def reward_needs(config: RunConfig, device: torch.device, size: RewardSize | None) -> Needs:
+    """Of the reward model (see ``reward.py``); open_clip builds it on its device."""
+    settings = config.models.reward
+    if size is None:
+        return Needs("reward", [Item("reward", "everything", None, "unknown")])
+    dtype = compute_dtype(settings.dtype, device)
+    batch = min(settings.batch_size, max(config.sampling.num_rollouts, config.models.image.batch_size))
+    pixels = 3 * WIDE * 2 * (config.models.image.resolution**2 + size.image_size**2)
+    blocks = CLIP_COPIES * size.tokens * size.width * dtype.itemsize
+    scoring = _estimate("reward", f"scoring {batch} pictures", batch * (pixels + blocks))
+    return Needs("reward", [_weights("reward", "weights", size.weights, dtype)], [[scoring]])

@@ -1,0 +1,458 @@
+"""How large a model is, before anything is loaded or downloaded.
+
+In this order, the first that is there: the headers of its weight files; its configuration, built on the meta
+device, which allocates nothing; for the documented full-scale models the published figures. Otherwise its size
+is unknown, and said to be: never a guess. Only what is on this disk is read, the hub's cache included.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from .config import RunConfig
+from .loading import model_folder, reward_name
+from .policy import ADAPTER_LAYERS
+
+Source = Literal["files", "configuration", "published"]
+CHAT_TOKENS = 32  # markup of a chat template around one message
+BYTES_PER_TOKEN = 3  # of UTF-8 text: English has 4 to 5, Chinese about 3; fewer means more tokens, the safe side
+FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+VISION = re.compile(r"(^|\.)(visual|vision\w*)\.")
+TIMM_PATCH = re.compile(r"patch(\d+)")
+
+
+class UnknownSize(Exception):
+    """A model's size can't be known here; the message is one plain sentence."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters and saved buffers of a model or of one part of a pipeline.
+
+    Attributes:
+        elements: how many numbers.
+        source: where that is known from.
+        wide: how many of them stay in float32 when the rest is float16 (T5 overflows otherwise).
+        stored: number format of most of the files; None = not known.
+    """
+
+    elements: int
+    source: Source
+    wide: int = 0
+    stored: torch.dtype | None = None
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Size in memory when loaded as ``dtype``."""
+        wide = self.wide if dtype == torch.float16 else 0
+        return (self.elements - wide) * dtype.itemsize + wide * 4
+
+    def converted(self, dtype: torch.dtype) -> int:
+        """Bytes of the host's memory that loading as ``dtype`` takes.
+
+        0 where the files hold that format, for the weights are then mapped from there; and where it is not known.
+        """
+        return 0 if self.stored in (None, dtype) else self.bytes(dtype)
+
+
+@dataclass(frozen=True)
+class PolicySize:
+    """A vision-language model: its weights and the dimensions of its language model."""
+
+    weights: Weights
+    vision: int  # elements of the vision tower, which is never trained
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    pixels_per_token: int  # one image token stands for this many pixels; 0 = no vision tower known
+    vision_width: int
+
+    def adapter(self, rank: int, targets: str) -> int:
+        """Elements of a low-rank adapter: rank x (in + out) for each adapted layer (LoRA, arXiv 2106.09685)."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sides = {
+            "q_proj": self.hidden + query,
+            "k_proj": self.hidden + key,
+            "v_proj": self.hidden + key,
+            "o_proj": query + self.hidden,
+            "gate_proj": self.hidden + self.intermediate,
+            "up_proj": self.hidden + self.intermediate,
+            "down_proj": self.intermediate + self.hidden,
+        }
+        return rank * self.layers * sum(sides[name] for name in ADAPTER_LAYERS[targets])
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """A text-to-image pipeline: the weights of its parts, and what its memory while rendering depends on."""
+
+    parts: Mapping[str, Weights]
+    width: int  # of the denoiser's tokens
+    patch_area: int  # latent positions a token stands for
+    latent_channels: int
+    vae_factor: int  # pixels a latent position stands for, along one side
+    decoder_width: int  # channels of the autoencoder at full resolution
+    text_width: int
+    text_tokens: int  # that its CLIP encoders read
+
+
+@dataclass(frozen=True)
+class RewardSize:
+    """An open_clip model."""
+
+    weights: Weights
+    image_size: int  # pixels along one side
+    width: int
+    tokens: int  # of a picture
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The three models; None and a note where a size is not known."""
+
+    policy: PolicySize | None
+    image: ImageSize | None
+    reward: RewardSize | None
+    notes: tuple[str, ...] = ()
+
+
+CLIP_L = Weights(123_650_304, "published", stored=torch.float16)
+CLIP_G = Weights(694_659_840, "published", stored=torch.float16)
+T5_XXL = Weights(4_762_310_656, "published", wide=24 * 4096 * 10240, stored=torch.float16)
+SD3_VAE = Weights(83_819_683, "published", stored=torch.float16)
+
+# Qwen2-VL (arXiv 2409.12191) and Stable Diffusion 3 (arXiv 2403.03206) as published; the position table of the
+# SD3 denoiser is a buffer, and counted.
+PUBLISHED_POLICIES = {
+    "Qwen/Qwen2-VL-7B-Instruct": PolicySize(
+        Weights(8_291_375_616, "published", stored=torch.bfloat16),
+        675_759_104,
+        3584,
+        28,
+        28,
+        4,
+        128,
+        18944,
+        152064,
+        28 * 28,
+        1280,
+    ),
+    "Qwen/Qwen2-VL-2B-Instruct": PolicySize(
+        Weights(2_208_985_600, "published", stored=torch.bfloat16),
+        665_271_296,
+        1536,
+        28,
+        12,
+        2,
+        128,
+        8960,
+        151936,
+        28 * 28,
+        1280,
+    ),
+}
+
+
+def _sd3(elements: int, width: int) -> ImageSize:
+    denoiser = Weights(elements, "published", stored=torch.float16)
+    parts = {"transformer": denoiser, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL}
+    return ImageSize(parts | {"vae": SD3_VAE}, width, 4, 16, 8, 256, 4096, 77)
+
+
+PUBLISHED_IMAGES = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(2_084_951_104, 1536),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(2_469_663_936, 1536),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(8_146_280_768, 2432),
+}
+
+
+def read_sizes(config: RunConfig) -> ModelSizes:
+    """The sizes of a run's models.
+
+    Raises:
+        ConfigError: embedded weights are missing, or ``models.reward.path`` names nothing.
+    """
+    notes: list[str] = []
+    return ModelSizes(
+        _or_note(lambda: policy_size(config.models.policy.path), notes),
+        _or_note(lambda: image_size(config.models.image.path), notes),
+        _or_note(lambda: reward_size(config), notes),
+        tuple(notes),
+    )
+
+
+Size = TypeVar("Size", PolicySize, ImageSize, RewardSize)
+
+
+def _or_note(read: Callable[[], Size], notes: list[str]) -> Size | None:
+    try:
+        return read()
+    except UnknownSize as unknown:
+        notes.append(str(unknown))
+        return None
+
+
+def prompt_tokens(config: RunConfig, prompts: Sequence[str]) -> int:
+    """Tokens of the longest of ``prompts`` in the policy's template.
+
+    From its length in bytes, on the safe side, where the tokenizer is not here; without prompts, of one as long
+    as ``data.max_prompt_chars`` allows.
+    """
+    settings = config.models.policy
+    longest = sorted(prompts, key=lambda text: len(text.encode()))[-8:]  # the most bytes need not be the most tokens
+    folder = _folder(settings.path, "policy")
+    if longest and folder is not None:
+        from jinja2 import TemplateError
+        from transformers import AutoTokenizer
+
+        system = [{"role": "system", "content": [{"type": "text", "text": settings.system}]}] if settings.system else []
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            counts = []
+            for prompt in longest:
+                content = [{"type": "text", "text": settings.template.replace("{prompt}", prompt)}]
+                messages: list[Any] = [*system, {"role": "user", "content": content}]
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                counts.append(len(tokenizer(text, add_special_tokens=False).input_ids))
+            return max(counts)
+        except (OSError, ValueError, KeyError, TemplateError):
+            pass  # what a policy can't be loaded with is said when it is loaded; here its bytes do
+    size = len(longest[-1].encode()) if longest else config.data.max_prompt_chars
+    return CHAT_TOKENS + math.ceil((len((settings.template + settings.system).encode()) + size) / BYTES_PER_TOKEN)
+
+
+# -- the three kinds -----------------------------------------------------------------------------------------
+
+
+def policy_size(path: str) -> PolicySize:
+    """Of ``models.policy.path``; raises :class:`UnknownSize`."""
+    folder = _folder(path, "policy")
+    if folder is None or not (folder / "config.json").is_file():
+        if path in PUBLISHED_POLICIES:
+            return PUBLISHED_POLICIES[path]
+        raise _not_here("policy", path)
+    settings = _json(folder / "config.json")
+    text: dict[str, Any] = settings.get("text_config", settings)
+    files = _stored(folder, "model")
+    tensors, stored = files or (_policy_on_meta(folder), None)
+    if settings.get("tie_word_embeddings", text.get("tie_word_embeddings")):
+        tensors.pop("lm_head.weight", None)
+    vision: dict[str, Any] = settings.get("vision_config", {})
+    side = vision.get("patch_size", 0) * vision.get("spatial_merge_size", 1)
+    try:
+        return PolicySize(
+            weights=Weights(sum(tensors.values()), "files" if files else "configuration", stored=stored),
+            vision=sum(elements for name, elements in tensors.items() if VISION.search(name)),
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+            intermediate=text["intermediate_size"],
+            vocabulary=text.get("vocab_size") or settings["vocab_size"],
+            pixels_per_token=side * side,
+            vision_width=vision.get("embed_dim") or vision.get("hidden_size", 0),
+        )
+    except KeyError as missing:
+        raise UnknownSize(
+            f"How much memory models.policy.path {path!r} needs is unknown: its config.json has no {missing}."
+        ) from missing
+
+
+def image_size(path: str) -> ImageSize:
+    """Of ``models.image.path``; raises :class:`UnknownSize`."""
+    folder = _folder(path, "image")
+    if folder is None or not (folder / "model_index.json").is_file():
+        if path in PUBLISHED_IMAGES:
+            return PUBLISHED_IMAGES[path]
+        raise _not_here("image", path)
+    parts: dict[str, Weights] = {}
+    for name, entry in _json(folder / "model_index.json").items():
+        if isinstance(entry, list) and entry[0] and (folder / name / "config.json").is_file():
+            parts[name] = _pipeline_part(folder / name, *entry)
+    denoiser_name = "unet" if "unet" in parts else "transformer"
+    try:
+        denoiser = _json(folder / denoiser_name / "config.json")
+        vae = _json(folder / "vae" / "config.json")
+        reader = folder / "text_encoder" / "config.json"
+        channels, blocks = vae["latent_channels"], vae["block_out_channels"]
+        if denoiser_name == "unet":
+            width, area = denoiser["block_out_channels"][0], 1
+        else:
+            width = denoiser["num_attention_heads"] * denoiser["attention_head_dim"]
+            area = denoiser["patch_size"] ** 2 * max(1, denoiser["in_channels"] // channels)  # FLUX packs 2 x 2
+        text_width = denoiser.get("joint_attention_dim") or denoiser.get("cross_attention_dim") or width
+        return ImageSize(
+            parts=parts,
+            width=width,
+            patch_area=area,
+            latent_channels=channels,
+            vae_factor=2 ** (len(blocks) - 1),
+            decoder_width=max(blocks[:2]),  # the last stage begins with the channels of the one before it
+            text_width=max(text_width) if isinstance(text_width, list) else text_width,
+            text_tokens=_json(reader).get("max_position_embeddings", 77) if reader.is_file() else 0,
+        )
+    except (KeyError, OSError) as missing:
+        raise UnknownSize(
+            f"How much memory models.image.path {path!r} needs is unknown: its folder has no {missing}."
+        ) from missing
+
+
+def reward_size(config: RunConfig) -> RewardSize:
+    """Of ``models.reward.path``; raises :class:`UnknownSize`, and ConfigError like ``loading.reward_name``."""
+    path = config.models.reward.path
+    folder = _folder(path, "reward") if path == "tiny" or Path(path).is_dir() else None
+    name = path if folder else reward_name(config)
+    if name.startswith("hf-hub:"):
+        folder = _folder(name.removeprefix("hf-hub:"), "reward")
+        if folder is None:
+            raise _not_here("reward", path)
+    if folder is None:
+        import open_clip
+
+        settings = open_clip.get_model_config(name)
+        weights = Weights(_clip_on_meta(json.dumps(settings)), "configuration")
+    else:
+        settings = _json(folder / "open_clip_config.json")
+        settings = settings.get("model_cfg", settings)
+        if files := _stored(folder, "open_clip_model"):
+            weights = Weights(sum(files[0].values()), "files", stored=files[1])
+        else:
+            weights = Weights(_clip_on_meta(json.dumps(settings)), "configuration")
+    vision = settings["vision_cfg"]
+    found = TIMM_PATCH.search(vision.get("timm_model_name", ""))
+    patch = vision.get("patch_size") or (int(found[1]) if found else 16)
+    side = vision.get("image_size", 224)
+    return RewardSize(weights, side, vision.get("width", settings["embed_dim"]), (side // patch) ** 2 + 1)
+
+
+# -- where it is read from -----------------------------------------------------------------------------------
+
+
+def _folder(path: str, part: str) -> Path | None:
+    """The model's folder on this disk (embedded, given, or in the hub's cache), or None. Nothing is downloaded."""
+    local = Path(model_folder(path, part)).expanduser()
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _not_here(role: str, path: str) -> UnknownSize:
+    return UnknownSize(
+        f"How much memory models.{role}.path {path!r} needs is unknown until its configuration is on this machine."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnknownSize(f"How much memory is needed is unknown: {path} could not be read as JSON.") from error
+    return data
+
+
+def _stored(folder: Path, stem: str) -> tuple[dict[str, int], torch.dtype | None] | None:
+    """Name -> elements of every tensor in the weight files that would be loaded, sharded or not; their main format.
+
+    None where they are not all there, or are no safetensors files.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file():
+        files = {f"{stem}.safetensors"}
+    elif index.is_file():
+        files = set(_json(index)["weight_map"].values())
+    else:
+        return None
+    tensors: dict[str, int] = {}
+    formats: Counter[str] = Counter()
+    try:
+        for file in sorted(files):
+            with safe_open(folder / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    tensor = opened.get_slice(name)
+                    tensors[name] = math.prod(tensor.get_shape())
+                    formats[tensor.get_dtype()] += tensors[name]
+    except (OSError, SafetensorError):  # a download that has not ended
+        return None
+    return tensors, FORMATS.get(max(formats, key=lambda name: formats[name], default=""))
+
+
+def _elements(model: torch.nn.Module) -> dict[str, int]:
+    """Name -> elements of parameters (shared ones once) and of the buffers that are saved with them."""
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return found | {name: tensor.numel() for name, tensor in model.state_dict().items() if name not in shared}
+
+
+def _policy_on_meta(folder: Path) -> dict[str, int]:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return _elements(AutoModelForImageTextToText.from_config(config))
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UnknownSize(f"How much memory the policy in {folder} needs is unknown: {_first_line(error)}") from error
+
+
+def _pipeline_part(folder: Path, library: str, kind: str) -> Weights:
+    """Weights of one part of a diffusers pipeline, as ``model_index.json`` names it."""
+    files = _stored(folder, "diffusion_pytorch_model" if library == "diffusers" else "model")
+    tensors, stored = files or (_part_on_meta(folder, library, kind), None)
+    wide = sum(elements for name, elements in tensors.items() if kind.startswith("T5") and ".wo." in name)
+    return Weights(sum(tensors.values()), "files" if files else "configuration", wide, stored)
+
+
+def _part_on_meta(folder: Path, library: str, kind: str) -> dict[str, int]:
+    file = folder / "config.json"
+    try:
+        build = getattr(importlib.import_module(library), kind)
+        with torch.device("meta"):
+            if library == "diffusers":
+                return _elements(build.from_config(_json(file)))
+            return _elements(build(build.config_class.from_json_file(file)))
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise UnknownSize(
+            f"How much memory the image model's {folder.name} needs is unknown: {_first_line(error)}"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _clip_on_meta(settings: str) -> int:
+    """Elements of the open_clip model with these settings (JSON, so that they can be a key of the cache)."""
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    chosen = json.loads(settings)
+    if "hf_model_name" in chosen["text_cfg"] or "multimodal_cfg" in chosen:
+        raise UnknownSize(
+            "How much memory the reward model needs is unknown: its text tower's configuration is not part of it."
+        )
+    kind = CustomTextCLIP if chosen.pop("custom_text", False) else CLIP
+    with torch.device("meta"):
+        return sum(_elements(kind(**chosen)).values())
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error).splitlines()[0] if str(error) else type(error).__name__}".rstrip(".") + "."
