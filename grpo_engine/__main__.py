@@ -1,4 +1,4 @@
-"""The command line: ``python -m grpo_engine train | resume | evaluate | runs | show | export | doctor``.
+"""The command line: ``python -m grpo_engine train | resume | evaluate | runs | show | export | import | doctor``.
 
 Exit codes: 0 done, 1 the run failed, 2 refused input, 130 interrupted.
 """
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return REFUSED
-    from .checkpoint import CheckpointError
+    from .checkpoint_folder import CheckpointError
     from .store import StoreError
 
     try:
@@ -76,12 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("show", _show, "one run: settings, state, report")
     sub.add_argument("run", help=run_help)
     sub.add_argument("--json", action="store_true")
-    sub = command("export", _export, "write a run's trained policy to a folder")
+    sub = command("export", _export, "write a run's trained policy to a folder, or the whole run to a .zip file")
     sub.add_argument("run", help=run_help)
-    sub.add_argument("--to", required=True, type=Path, metavar="DIR")
-    sub.add_argument("--format", choices=("peft", "merged", "pth"), default="peft")
-    sub.add_argument("--checkpoint", default="last", help="last, best or a step")
+    sub.add_argument("--to", required=True, type=Path, metavar="PATH", help="a folder; for a bundle a file")
+    sub.add_argument("--format", choices=("peft", "merged", "pth", "bundle"), default="peft")
+    sub.add_argument("--checkpoint", default="last", help="last, best or a step; for a bundle also none")
     sub.add_argument("--force", action="store_true", help="replace an earlier export there")
+    bundle = sub.add_argument_group("with --format bundle")
+    bundle.add_argument("--images", choices=("all", "evaluations", "none"), help="pictures to take along (all)")
+    bundle.add_argument("--every", type=int, metavar="N", help="of the steps' pictures, those of every n-th step (1)")
+    bundle.add_argument("--webp", action="store_true", help="make the pictures WebP: lossy, a tenth of the size")
+    sub = command("import", _import, "add a run from a bundle, to look at it and try its policy")
+    sub.add_argument("file", type=Path, help="what 'export --format bundle' has written")
+    sub.add_argument("--again", action="store_true", help="also if the database has the run already")
     sub = command("doctor", _doctor, "what this machine has, and what is missing")
     settings(sub)
     sub.add_argument("--json", action="store_true")
@@ -121,7 +128,7 @@ def _resume(options: argparse.Namespace) -> int:
     _require_database(options.db)
     with Store(options.db) as store:
         store.interrupt_stale()
-        run = store.resolve(options.run)
+        run = store.require_local(store.resolve(options.run).id)
         if run.state == "finished":
             raise ConfigError(f"Run {run.id} is finished; there is nothing to resume. 'evaluate' measures it again.")
         if run.active and run.state != "queued":  # a queued run has no process
@@ -162,6 +169,7 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from .bundle import origin
     from .cli_progress import print_run
     from .store import Store
 
@@ -173,10 +181,16 @@ def _show(options: argparse.Namespace) -> int:
             print(json.dumps(_as_json(row), indent=2))
         else:
             print_run(store, row)
+            if elsewhere := origin(store, row.id):
+                print(elsewhere)
     return DONE
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.format == "bundle":
+        return _export_bundle(options)
+    if options.images is not None or options.every is not None or options.webp:
+        raise ConfigError(f"--images, --every and --webp are for --format bundle, not {options.format}.")
     from .export import export
     from .store import Store
 
@@ -195,6 +209,33 @@ def _export(options: argparse.Namespace) -> int:
             which=_which(options.checkpoint), force=options.force,
         )  # fmt: skip
     print(f"Written to {target}")
+    return DONE
+
+
+def _export_bundle(options: argparse.Namespace) -> int:
+    from .bundle import write_bundle
+    from .store import Store
+
+    _require_database(options.db)
+    with Store(options.db) as store:
+        target = write_bundle(
+            store, store.resolve(options.run).id, options.to,
+            images=options.images or "all", every=1 if options.every is None else options.every,
+            reencode=options.webp, force=options.force,
+            checkpoint=None if options.checkpoint == "none" else _which(options.checkpoint),
+        )  # fmt: skip
+    print(f"Written to {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    return DONE
+
+
+def _import(options: argparse.Namespace) -> int:
+    from .bundle import inspect_bundle, origin, read_bundle
+    from .store import Store
+
+    inspect_bundle(options.file)  # before a database is made for it
+    with Store(options.db) as store:
+        run_id = read_bundle(store, options.file, again=options.again)
+        print(f"run {run_id}: {origin(store, run_id)}")
     return DONE
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .control import RunControl
 from .manager import execute
@@ -76,7 +77,7 @@ def _show_progress(store: Store, run_id: str, ended: threading.Event, console: C
         BarColumn(bar_width=28),
         TextColumn("{task.fields[count]:>9}"),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     shown, said = ("", 0), 0.0
     rate = _Rate()
@@ -97,7 +98,7 @@ def _show_progress(store: Store, run_id: str, ended: threading.Event, console: C
             if not console.is_terminal:
                 now = time.monotonic()
                 if (run.state, run.step // 10) != shown or now - said > PHASE_LINES_SECONDS:
-                    console.print(f"{run.state:<11} {done}/{total} {note}", highlight=False, soft_wrap=True)
+                    console.print(f"{run.state:<11} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
                     shown, said = (run.state, run.step // 10), now
 
 
@@ -139,7 +140,7 @@ def print_runs(rows: Sequence[RunRow]) -> None:
         gain = _headline(row.summary)
         table.add_row(
             row.id,
-            row.name,
+            Text(row.name),  # a person's words, never markup
             row.state,
             f"{row.step}/{row.total_steps}",
             f"{gain['mean']:+.2f}" if gain else "",
@@ -171,19 +172,19 @@ def print_report(summary: Mapping[str, Any]) -> None:
     table = Table("arm", "reward", *(["judge"] if judged else []), box=None, pad_edge=False)
     for name, arm in arms.items():
         judge = [_share(arm["judge"])] if judged else []
-        table.add_row(ARM_NAMES.get(name, name), f"{arm['reward']:.2f}", *judge)
+        table.add_row(Text(ARM_NAMES.get(name, name)), f"{arm['reward']:.2f}", *judge)
     console.print(table)
     kinds = list(dict.fromkeys(kind for arm in arms.values() for kind in arm["kinds"]))
     if kinds:
         shares = Table("judge by kind", *(name.replace("_", " ") for name in arms), box=None, pad_edge=False)
         for kind in kinds:
-            shares.add_row(kind, *(_share(arm["kinds"].get(kind)) for arm in arms.values()))
+            shares.add_row(Text(kind), *(_share(arm["kinds"].get(kind)) for arm in arms.values()))
         console.print(shares)
     gains = Table("paired gain", "reward", "interval", "wins", "judge", "interval", box=None, pad_edge=False)
     for name, gain in summary["gains"].items():
         judge_gain = gain.get("judge_gain")
         gains.add_row(
-            name.replace("_", " "),
+            Text(name.replace("_", " ")),
             f"{gain['mean']:+.2f}",
             f"{gain['low']:+.2f} to {gain['high']:+.2f}",
             f"{gain['win_rate']:.0%}",
@@ -192,7 +193,7 @@ def print_report(summary: Mapping[str, Any]) -> None:
         )
     console.print(gains)
     if "sentence" in summary:
-        console.print(summary["sentence"], highlight=False)
+        console.print(summary["sentence"], highlight=False, markup=False)
 
 
 def _share(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -157,3 +158,10 @@ def load_environment(
     reward = load_reward(config, placement.reward)
     say("models loaded", 3, 3)
     return PureGRPOPromptEnvironment(policy, images, reward, config)
+
+
+def release_memory() -> None:
+    """Give the memory of models that nobody holds any more back to the devices."""
+    gc.collect()  # modules and their hooks refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

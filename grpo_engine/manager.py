@@ -13,6 +13,7 @@ from collections import deque
 
 from .config import RunConfig
 from .control import RunControl
+from .loading import release_memory
 from .session import Plan, Session
 from .store import Store, StoreError
 
@@ -74,7 +75,12 @@ class RunManager:
         return run_id
 
     def enqueue(self, run_id: str) -> None:
-        """Put an existing run (queued, or ended and to be resumed) at the end of the queue."""
+        """Put an existing run (queued, or ended and to be resumed) at the end of the queue.
+
+        Raises:
+            StoreError: there is no such run, or it was imported.
+        """
+        self.store.require_local(run_id)
         with self._changed:
             self._queue.append(run_id)
             if self._thread is None:
@@ -86,6 +92,12 @@ class RunManager:
     def current(self) -> str | None:
         """The run being worked on in this process."""
         return self._current[0] if self._current else None
+
+    @property
+    def queued(self) -> list[str]:
+        """The runs that wait in this process, the next one first."""
+        with self._changed:
+            return list(self._queue)
 
     def command(self, run_id: str, name: str) -> None:
         """Ask something of an active run, in whatever process it lives. A run still waiting is simply taken out."""
@@ -126,6 +138,7 @@ class RunManager:
             except StoreError:
                 log.exception("run %s could not be recorded", run_id)
             finally:
+                release_memory()
                 with self._changed:
                     self._current = None
                     self._changed.notify_all()

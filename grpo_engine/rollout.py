@@ -84,6 +84,7 @@ class Group:
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     kl: Tensor | None = None  # float32 (G, T), per-token KL estimate at the update
+    shift: Tensor | None = None  # float32 (G, T), log-probability when sampled minus the untrained policy's, nats
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -246,14 +246,15 @@ class PureGRPOTrainer:
                 if first:  # a stop after the first optimiser step of a batch would save a step that is half done
                     self.control.poll()
                 rows = self.config.training.update_rows or len(group)
-                kl_rows = []
+                kl_rows, shift_rows = [], []
                 for start in range(0, len(group), rows):
                     part = slice(start, start + rows)
-                    loss, kl = self._part_loss(group, part, size, sums, first=first, learn=not flat)
+                    loss, kl, shift = self._part_loss(group, part, size, sums, first=first, learn=not flat)
                     kl_rows.append(kl)
+                    shift_rows.append(shift)
                     if not flat:
                         loss.backward()
-                group.kl = torch.cat(kl_rows)
+                group.kl, group.shift = torch.cat(kl_rows), torch.cat(shift_rows)
         finally:
             self.policy.model.eval()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)
@@ -269,8 +270,10 @@ class PureGRPOTrainer:
 
     def _part_loss(
         self, group: Group, part: slice, size: int, sums: dict[str, float], *, first: bool, learn: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of some rows of a group (their share of the whole), and their per-token KL (rows, T) on the CPU."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of some rows of a group (their share of the whole), and per token (rows, T), on the CPU, 0 on padding:
+        their KL, and how far training had moved their log-probabilities by the time they were sampled (nats).
+        """
         objective = self.config.objective
         rows = group.completions.rows(part)
         device = self.policy.device
@@ -300,7 +303,8 @@ class PureGRPOTrainer:
             sums["entropy"] += float(entropies[mask].sum())
             sums["clip_low_fraction"] += float(clipped_low.sum())
             sums["clip_high_fraction"] += float(clipped_high.sum())
-        return loss, torch.where(mask, kl, 0.0).detach().cpu()
+            shift = torch.where(mask, old - reference, 0.0)  # over the same kept sets, so never infinite
+        return loss, torch.where(mask, kl, 0.0).detach().cpu(), shift.cpu()
 
     def _report_ratio(self, error: float) -> None:
         """Once a session: is the policy that is updated the one that sampled? The ratio must begin at 1."""

@@ -64,6 +64,7 @@ def group(step: int = 1, g: int = 0, size: int = 4, *, pictures: list[Picture | 
         rewards=rewards,
         advantages=rewards - rewards.mean(),
         kl=torch.rand(shape, generator=generator) * mask,
+        shift=torch.randn(shape, generator=generator) * mask,
     )
 
 

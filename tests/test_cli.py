@@ -253,6 +253,15 @@ def test_a_database_without_runs_lists_none(tmp_path: Path) -> None:
     assert json.loads(call("runs", "--json", "--db", tmp_path / "runs.db").out) == []
 
 
+@pytest.mark.parametrize("name", ["[/x]", "[bold]loud", "[link=file:///etc/passwd]here"])
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
+    with Store(tmp_path / "runs.db") as store:
+        store.create_run(small(f"recording.name='{name}'"))
+    outcome = call("runs", "--db", tmp_path / "runs.db")
+    assert outcome.code == 0
+    assert name[:8] in outcome.out  # a narrow terminal may fold the rest
+
+
 @pytest.mark.parametrize("name", ["last", "the first", "1", "0001-tiny"])
 def test_show_finds_a_run_by_any_of_its_names(finished: Finished, name: str) -> None:
     text = call("show", name, "--db", finished.db)

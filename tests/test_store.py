@@ -7,9 +7,11 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sqlite_utils import Database, Migrations
 from store_samples import (
     config,
     evaluation,
@@ -35,7 +38,9 @@ from grpo_engine.recorder import STEP_METRICS
 from grpo_engine.store import Store, StoreError
 from grpo_engine.store import connection as store_connection
 from grpo_engine.store.recorder import StoreRecorder
+from grpo_engine.store.rollouts import rollout_rows
 from grpo_engine.store.rows import to_json
+from grpo_engine.store.schema import APPLICATION_ID, m001_runs
 
 
 @pytest.fixture
@@ -89,6 +94,8 @@ def test_a_recorded_step_comes_back_whole(store: Store) -> None:
         assert row.logprobs.tolist() == kept.completions.logprobs[row.k][real].tolist()
         assert row.entropies.tolist() == kept.completions.entropies[row.k][real].tolist()
         assert row.token_kl.tolist() == kept.kl[row.k][real].tolist()
+        assert kept.shift is not None and row.shift is not None
+        assert row.shift.tolist() == kept.shift[row.k][real].tolist()
         assert row.kl == pytest.approx(float(kept.kl[row.k][real].mean()), rel=1e-6)
         assert row.tokens == tuple(f"<{token}>" for token in row.token_ids)
         assert (row.reward, row.advantage) == (float(kept.rewards[row.k]), float(kept.advantages[row.k]))
@@ -101,6 +108,26 @@ def test_a_recorded_step_comes_back_whole(store: Store) -> None:
         else:
             assert row.image == f"runs/{run_id}/images/step-000001/g{row.g}-k{row.k}.png" == row.thumbnail
             assert np.array_equal(np.asarray(Image.open(store.file(row.image))), shown)
+
+
+def test_a_database_of_before_shifts_were_recorded_upgrades_and_reads_them_as_missing(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as connection:
+        old = Database(connection)
+        first = Migrations("grpo_engine")
+        first()(m001_runs)
+        first.apply(old)
+        old.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        assert "shift" not in old.table("rollouts").columns_dict
+        connection.commit()
+    with Store(path) as store:
+        run_id = training_run(store)
+        columns = [row for row in rollout_rows(0, group()) if row.pop("shift")]  # as the first version wrote them
+        store.add_step(run_id, 1, {}, columns)
+        store.add_step(run_id, 2, {}, rollout_rows(0, group(2)))
+        assert [row.shift for row in store.rollouts(run_id, 1)] == [None] * 4
+        assert all(row.token_kl is not None for row in store.rollouts(run_id, 1))
+        assert all(row.shift is not None for row in store.rollouts(run_id, 2))
 
 
 def test_an_evaluation_comes_back_whole_and_the_final_one_sums_up_the_run(store: Store) -> None:

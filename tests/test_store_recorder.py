@@ -45,6 +45,16 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
+def test_half_of_a_surrogate_pair_in_an_event_ends_no_recording(store: Store) -> None:
+    run_id = store.create_run(config())
+    with StoreRecorder(store, run_id, config().recording) as recorder:
+        recorder.event("note", "a name with \ud800 in it")
+        recorder.flush()
+    assert [event.message for event in store.events(run_id) if event.kind == "note"] == ["a name with ? in it"]
+    log = (store.run_dir(run_id) / "grpo_training.log").read_text(encoding="utf-8")
+    assert "a name with ? in it" in log
+
+
 def test_the_recorder_keeps_the_protocol(store: Store) -> None:
     def takes(recorder: Recorder) -> None:
         recorder.state("loading", "reading weights")
@@ -149,7 +159,7 @@ def test_tokens_are_left_out_where_the_configuration_says_so(store: Store) -> No
         recorder.token_text = lambda ids: ["x"] * len(ids)
         recorder.step(1, {}, [group()])
     row = store.rollouts(run_id, 1)[3]
-    assert [row.token_ids, row.tokens, row.logprobs, row.entropies, row.token_kl] == [None] * 5
+    assert [row.token_ids, row.tokens, row.logprobs, row.entropies, row.token_kl, row.shift] == [None] * 6
     assert row.kl is not None and row.reward is not None
 
 

@@ -496,6 +496,25 @@ def test_the_metrics_of_a_step_are_the_figures_of_its_groups() -> None:
     assert sum(seconds for seconds in phases if seconds is not None) <= (metrics["seconds"] or 0.0)
 
 
+def test_the_shift_of_a_token_is_its_log_probability_when_sampled_minus_the_untrained_policys() -> None:
+    for settings in ((), ("sampling.top_k=20", "training.inner_epochs=2", "training.update_rows=2")):
+        trained, _ = trainer(small(*settings))
+        groups = scored(trained)
+        trained.update(groups, 1)
+        assert all(float(group.shift.abs().max()) < 1e-5 for group in groups if group.shift is not None)
+        perturb(trained)
+        groups = scored(trained, step=2)
+        trained.update(groups, 2)
+        for group in groups:
+            with torch.no_grad(), trained.policy.reference():
+                reference, _ = trained.policy.token_logprobs(group.completions)
+            assert group.shift is not None
+            mask = group.completions.mask
+            torch.testing.assert_close(group.shift[mask], (group.completions.logprobs - reference)[mask])
+            assert float(group.shift[mask].abs().max()) > 0.01
+            assert not group.shift[~mask].any()
+
+
 def test_the_recorder_hears_of_every_phase() -> None:
     trained, recorder = trainer(small("training.steps=1"))
     trained.train()

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..rollout import Picture
 
 THUMBNAIL_SIDE = 256  # pixels; a picture no larger is its own thumbnail
@@ -59,9 +61,9 @@ class PictureFiles:
 
     def save(self, picture: Picture, stem: str) -> tuple[str, str]:
         """Write an RGB picture, uint8 (H, W, 3); returns (picture, thumbnail). Raises `OSError`."""
-        from PIL import Image  # late: readers of the database never need it
+        from PIL.Image import fromarray  # late: readers of the database never need it
 
-        image = Image.fromarray(picture)
+        image = fromarray(picture)
         path = self._file("images", f"{stem}.{self.image_format}")
         if self.image_format == "webp":
             image.save(path, quality=90)
@@ -70,8 +72,7 @@ class PictureFiles:
         if max(image.size) <= THUMBNAIL_SIDE:
             return self._relative(path), self._relative(path)
         small = self._file("thumbs", f"{stem}.webp")
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        image.save(small, quality=80)
+        save_thumbnail(image, small)
         return self._relative(path), self._relative(small)
 
     def _file(self, kind: str, name: str) -> Path:
@@ -81,6 +82,12 @@ class PictureFiles:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
+
+
+def save_thumbnail(image: Image, file: Path) -> None:
+    """Write the small copy of a larger picture, which becomes small itself. Raises `OSError`."""
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.save(file, quality=80)
 
 
 def remove_pictures_after(folder: Path, step: int) -> None:

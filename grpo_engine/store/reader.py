@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlite_utils import Database
 
-from ..recorder import STEP_METRICS
+from ..recorder import FINAL_STATES, STEP_METRICS
+from .bins import bin_width, merge_bins
 from .connection import Connections, StoreError
 from .rows import (
     Bins,
     EvaluationRow,
     EventRow,
     ItemRow,
+    PromptVisit,
     RolloutRow,
     RunRow,
     item_row,
@@ -70,6 +72,17 @@ class RunReader:
         with self.read() as db:
             return [run_row(row) for row in db.query("SELECT * FROM runs ORDER BY number DESC")]
 
+    def ever_used(self) -> bool:
+        """Whether the database holds a run or ever held one."""
+        with self.read() as db:
+            return db.execute("SELECT 1 FROM sqlite_sequence WHERE name = 'runs'").fetchone() is not None
+
+    def active_runs(self) -> list[RunRow]:
+        """Runs that wait or go on, the oldest first."""
+        with self.read() as db:
+            ended = ", ".join(f"'{state}'" for state in sorted(FINAL_STATES))
+            return [run_row(row) for row in db.query(f"SELECT * FROM runs WHERE state NOT IN ({ended}) ORDER BY number")]
+
     def resolve(self, text: str) -> RunRow:
         """The run a person means: an id, "last", a name, a number, or the beginning of an id.
 
@@ -113,7 +126,7 @@ class RunReader:
         names = ["time", *STEP_METRICS] if columns is None else [name for name in columns if name != "step"]
         with self.read() as db:
             fetch_run(db, run_id)
-            selected = ", ".join(["step", *(_column(db, name) for name in names)])
+            selected = ", ".join(["step", *_columns(db, names)])
             rows = db.execute(
                 f"SELECT {selected} FROM steps WHERE run_id = ? AND step > ? ORDER BY step",
                 [run_id, since_step],
@@ -124,44 +137,53 @@ class RunReader:
         }
 
     def binned_steps(self, run_id: str, metric: str, start: int = 1, stop: int | None = None, bins: int = 800) -> Bins:
-        """Smallest, mean and largest value of a metric in at most ``bins`` bins over steps start..stop.
+        """`binned_metrics` of one metric."""
+        return self.binned_metrics(run_id, [metric], start, stop, bins)[metric]
+
+    def binned_metrics(
+        self,
+        run_id: str,
+        metrics: Sequence[str],
+        start: int = 1,
+        stop: int | None = None,
+        bins: int = 800,
+        *,
+        width: int | None = None,
+    ) -> dict[str, Bins]:
+        """Smallest, mean and largest value of each metric in at most ``bins`` bins over steps start..stop.
 
         A bin is a power of two wide and begins at step 1 + a multiple of its width, so a bin that is full
         never changes again while a run goes on, and zooming never moves one. The outer bins are whole: they
-        may reach beyond start and stop. Wide bins read the sums kept for every `BLOCK` steps.
+        may reach beyond start and stop. Wide bins read the sums kept for every `BLOCK` steps. ``width``, where
+        given, is taken instead of the narrowest that keeps to ``bins``.
         """
         if bins < 1:
             raise StoreError(f"bins is {bins}; ask for at least 1.")
+        if width is not None and (width < 1 or width & (width - 1)):
+            raise StoreError(f"width is {width}; ask for a power of two.")
         with self.read() as db:
             last = fetch_run(db, run_id).step
-            column = _column(db, metric)
+            columns = _columns(db, metrics)
             start, stop = max(start, 1), last if stop is None else min(stop, last)
-            width = 1
-            while (stop - 1) // width - (start - 1) // width >= bins:
-                width *= 2
+            width = bin_width(start, stop, bins) if width is None else width
             low = (start - 1) // width * width + 1
             high = min((stop - 1) // width * width + width, last) if start <= stop else low - 1
             # Steps up to here are summed up in blocks; none are when bins are narrower than a block.
             summed = min(last // BLOCK * BLOCK, high) if width >= BLOCK else 0
-            rows = db.execute(
-                f"""
-                SELECT bin, sum(count), min(low), sum(total) / sum(count), max(high) FROM (
-                    SELECT block * {BLOCK} / :width AS bin, count, low, high, total FROM step_blocks
-                    WHERE run_id = :run AND metric = :metric
-                        AND block >= (:low - 1) / {BLOCK} AND block < :summed / {BLOCK}
-                    UNION ALL
-                    SELECT (step - 1) / :width, 1, {column}, {column}, {column} FROM steps
-                    WHERE run_id = :run AND step BETWEEN max(:low, :summed + 1) AND :high
-                        AND {column} IS NOT NULL
-                ) GROUP BY bin ORDER BY bin
-                """,
-                {"run": run_id, "metric": metric, "width": width, "low": low, "high": high, "summed": summed},
+            keys = {"run": run_id, "width": width, "low": low, "high": high, "summed": summed}
+            blocks = db.execute(
+                f"""SELECT metric, block * {BLOCK} / :width AS bin, sum(count), min(low), total(total), max(high)
+                    FROM step_blocks WHERE run_id = :run AND metric IN (SELECT value FROM json_each(:metrics))
+                    AND block >= (:low - 1) / {BLOCK} AND block < :summed / {BLOCK} GROUP BY metric, bin""",
+                keys | {"metrics": json.dumps(list(metrics))},
             ).fetchall()
-        table = np.array(rows, dtype=np.float64).reshape(len(rows), 5)
-        first = table[:, 0].astype(np.int64) * width + 1
-        count = table[:, 1].astype(np.int64)
-        lows, means, highs = (np.ascontiguousarray(table[:, index]) for index in (2, 3, 4))
-        return Bins(width, first, np.minimum(first + width - 1, last), count, lows, means, highs)
+            sums = ", ".join(f"count({column}), min({column}), total({column}), max({column})" for column in columns)
+            rest = db.execute(
+                f"""SELECT (step - 1) / :width AS bin, {sums} FROM steps
+                    WHERE run_id = :run AND step BETWEEN max(:low, :summed + 1) AND :high GROUP BY bin""",
+                keys,
+            ).fetchall()
+        return merge_bins(metrics, blocks, rest, width, last)
 
     def rollouts(self, run_id: str, step: int) -> list[RolloutRow]:
         """All rewrites of one step, by group and within it; empty when the step is not recorded."""
@@ -169,6 +191,32 @@ class RunReader:
             fetch_run(db, run_id)
             query = "SELECT * FROM rollouts WHERE run_id = ? AND step = ? ORDER BY g, k"
             return [rollout_row(row) for row in db.query(query, [run_id, step])]
+
+    def prompt_visits(self, run_id: str, prompt_id: str) -> list[PromptVisit]:
+        """The groups that trained on a prompt, by step: the best rewrite of each, and the group's mean reward."""
+        with self.read() as db:
+            fetch_run(db, run_id)
+            # With a single max() in it, SQLite takes the plain columns from the row that holds the maximum.
+            rows = db.query(
+                """SELECT r.step, r.g, r.prompt, r.tier, count(*) AS rollouts, avg(r.reward) AS reward_mean,
+                        max(r.reward) AS reward_best, r.rewrite, r.image, r.thumbnail
+                    FROM rollouts v JOIN rollouts r ON r.run_id = v.run_id AND r.step = v.step AND r.g = v.g
+                    WHERE v.run_id = ? AND v.prompt_id = ? AND v.k = 0 GROUP BY r.step, r.g ORDER BY r.step, r.g""",
+                [run_id, prompt_id],
+            )
+            return [PromptVisit(**row) for row in rows]
+
+    def visited_prompts(self, run_id: str) -> list[tuple[str, str, int]]:
+        """(id, text, groups) of the prompts that were trained on, the most visited first."""
+        with self.read() as db:
+            fetch_run(db, run_id)
+            rows = db.execute(
+                """SELECT prompt_id, (SELECT prompt FROM rollouts r WHERE r.run_id = v.run_id AND r.k = 0
+                        AND r.prompt_id = v.prompt_id LIMIT 1), count(*) AS groups
+                    FROM rollouts v WHERE run_id = ? AND k = 0 GROUP BY prompt_id ORDER BY groups DESC, prompt_id""",
+                [run_id],
+            ).fetchall()
+            return [(prompt_id, text, groups) for prompt_id, text, groups in rows]
 
     # Evaluations, events
 
@@ -251,15 +299,16 @@ def _unknown(text: str, runs: Sequence[RunRow]) -> StoreError:
     return StoreError(f"There is no run {text!r}; did you mean {called}?")
 
 
-def _column(db: Database, name: str) -> str:
-    """SQL for a metric, or "time". Only names that are known reach the query; an absent column reads NULL."""
+def _columns(db: Database, names: Sequence[str]) -> list[str]:
+    """SQL for metrics, or "time". Only names that are known reach the query; an absent column reads NULL."""
     present = set(db.table("steps").columns_dict) - {"run_id", "step"}
-    if name in present:
-        return f'"{name}"'
-    if name in STEP_METRICS:  # a database of an earlier version, open for reading only
-        return "NULL"
-    close = difflib.get_close_matches(name, {*present, *STEP_METRICS}, n=1)
-    raise StoreError(f"There is no metric {name!r}; " + (f"did you mean {close[0]!r}?" if close else "see 'show'."))
+    for name in names:
+        if name not in present and name not in STEP_METRICS:
+            close = difflib.get_close_matches(name, {*present, *STEP_METRICS}, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see 'show'."
+            raise StoreError(f"There is no metric {name!r}; {hint}")
+    # What is in STEP_METRICS and not present: a database of an earlier version, open for reading only.
+    return [f'"{name}"' if name in present else "NULL" for name in names]
 
 
 def _ranges(steps: set[int]) -> str:

@@ -23,7 +23,7 @@ from .files import PictureFiles, evaluation_stem, step_stem, write_text
 from .owner import Owner, this_process
 from .reader import fetch_run
 from .rollouts import TokenText, rollout_rows
-from .rows import number, to_json
+from .rows import number, storable, to_json
 from .store import Store
 from .writes import add_event, level_of
 
@@ -326,7 +326,7 @@ class StoreRecorder:
         return paths
 
     def _say(self, level: int, message: str) -> None:
-        self._log.log(level, "%s", " ".join(message.split()))
+        self._log.log(level, "%s", storable(" ".join(message.split())))
 
     def _sentence(self, error: Exception) -> str:
         if isinstance(error, OSError):

@@ -35,6 +35,8 @@ def rollout_rows(
     }
     if group.kl is not None:
         per_token["token_kl"] = _array(group.kl).astype("<f4")
+    if group.shift is not None:
+        per_token["shift"] = _array(group.shift).astype("<f4")
     finished, rewards, advantages = _array(done.finished), _array(group.rewards), _array(group.advantages)
     rows = []
     for k, completion in enumerate(done.texts):
@@ -56,7 +58,7 @@ def rollout_rows(
             "latent_seed": str(group.latent_seed),
             "tokens": to_json(token_text(real["token_ids"].tolist())) if tokens and token_text else None,
         }
-        for name in ("token_ids", "logprobs", "entropies", "token_kl"):
+        for name in ("token_ids", "logprobs", "entropies", "token_kl", "shift"):
             row[name] = real[name].tobytes() if tokens and name in real else None
         rows.append(row)
     return rows

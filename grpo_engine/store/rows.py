@@ -87,7 +87,9 @@ class RunRow:
 class RolloutRow:
     """One rewrite of a group. Arrays are (T,), over real tokens only; None where tokens were not recorded.
 
-    ``kl`` is the mean of ``token_kl``, nats a token; ``image``, ``thumbnail`` are paths below `Store.root`.
+    ``kl`` is the mean of ``token_kl``, nats a token; ``shift`` is a token's log-probability when sampled minus the
+    untrained policy's, nats (None in rows of before it was recorded); ``image``, ``thumbnail`` are paths below
+    `Store.root`.
     """
 
     step: int
@@ -109,6 +111,23 @@ class RolloutRow:
     logprobs: NDArray[np.float32] | None
     entropies: NDArray[np.float32] | None
     token_kl: NDArray[np.float32] | None
+    shift: NDArray[np.float32] | None
+    image: str | None
+    thumbnail: str | None
+
+
+@dataclass(frozen=True)
+class PromptVisit:
+    """One group of a training prompt, by the best of its rewrites; all of its pictures are on the same latents."""
+
+    step: int
+    g: int
+    prompt: str
+    tier: str
+    rollouts: int
+    reward_mean: float | None
+    reward_best: float | None
+    rewrite: str | None
     image: str | None
     thumbnail: str | None
 
@@ -207,7 +226,7 @@ def rollout_row(row: Mapping[str, Any]) -> RolloutRow:
     data["parts"] = json.loads(data["parts"])
     data["latent_seed"] = int(data["latent_seed"])
     data["tokens"] = None if data["tokens"] is None else tuple(json.loads(data["tokens"]))
-    for key in ("token_ids", "logprobs", "entropies", "token_kl"):
+    for key in ("token_ids", "logprobs", "entropies", "token_kl", "shift"):
         kind = "<i4" if key == "token_ids" else "<f4"
         data[key] = None if data[key] is None else np.frombuffer(data[key], dtype=kind)
     return RolloutRow(**data)

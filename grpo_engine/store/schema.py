@@ -26,7 +26,17 @@ def m001_runs(db: Database) -> None:
     db.executescript(_FIRST)
 
 
-MIGRATIONS = (m001_runs,)  # in the order they are applied; never change one that was released
+def m002_shift(db: Database) -> None:
+    """How far training had moved each token's log-probability; older rollouts have none."""
+    db.execute("ALTER TABLE rollouts ADD COLUMN shift BLOB")
+
+
+def m003_choices(db: Database) -> None:
+    """What a person preferred, blind; and a quick way to the steps that trained on a prompt."""
+    db.executescript(_CHOICES)
+
+
+MIGRATIONS = (m001_runs, m002_shift, m003_choices)  # in the order they are applied; never change one that was released
 
 migrations = Migrations("grpo_engine")
 for _migration in MIGRATIONS:
@@ -192,4 +202,24 @@ CREATE INDEX commands_waiting ON commands (run_id, taken);
 
 CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), revision INTEGER NOT NULL);
 INSERT INTO clock (id, revision) VALUES (1, 0);
+"""
+
+# choices: between two arms' pictures of a prompt, on the same latents; see choices.py.
+# rollouts_prompt: one entry a group, not a rollout, to find a prompt's groups among millions of rollouts.
+_CHOICES = """
+CREATE TABLE choices (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    run_id TEXT NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    evaluation_id INTEGER NOT NULL REFERENCES evaluations(id) ON DELETE CASCADE,
+    prompt_id TEXT NOT NULL,
+    "index" INTEGER NOT NULL,
+    left_arm TEXT NOT NULL,
+    right_arm TEXT NOT NULL,
+    choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'neither')),
+    clip_prefers TEXT NOT NULL CHECK (clip_prefers IN ('left', 'right', 'neither')),
+    time REAL NOT NULL
+);
+CREATE INDEX choices_evaluation ON choices (evaluation_id, prompt_id);
+CREATE INDEX choices_run ON choices (run_id);
+CREATE INDEX rollouts_prompt ON rollouts (run_id, prompt_id, step) WHERE k = 0;
 """

@@ -11,23 +11,22 @@ in ``reader.py``, files beside the database in ``files.py``, recording in ``reco
 
 from __future__ import annotations
 
-import re
-import secrets
+import os
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sqlite_utils import Database
 
 from ..recorder import FINAL_STATES, STEP_METRICS
 from .connection import StoreError
 from .files import remove_folder, remove_pictures_after, write_text
+from .names import NAME_CHARS, NOTE_CHARS, new_run_id, one_line, tidy_tags
 from .owner import Owner, is_alive, this_process
 from .reader import RunReader, fetch_run
-from .rows import COMMANDS, ENDINGS, TRANSITIONS, CommandRow, number, run_row, to_json
+from .rows import COMMANDS, ENDINGS, TRANSITIONS, CommandRow, RunRow, number, run_row, to_json
 from .schema import BLOCK
 from .writes import add_event, insert, refresh_summary, sum_up, update_run
 
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
     from ..config import RunConfig
 
 __all__ = ["Store", "StoreError"]
-
-NAME_CHARS = 120
-TAG_CHARS = 40
-NOTE_CHARS = 20_000
-_SUFFIX = "abcdefghjkmnpqrstuvwxyz23456789"  # without characters that are mistaken for others
 
 
 class Store(RunReader):
@@ -69,34 +63,26 @@ class Store(RunReader):
 
     # The life of a run
 
-    def create_run(
-        self,
-        config: RunConfig,
-        *,
-        prompt_set: str = "",
-        prompt_fingerprint: str = "",
-        source: Literal["local", "imported"] = "local",
-    ) -> str:
+    def create_run(self, config: RunConfig, *, prompt_set: str = "", prompt_fingerprint: str = "") -> str:
         """A new queued run with its folder and ``config.yaml``; returns its id, as ``0007-tiny-k3f9``."""
         now = time.time()
         with self.write() as db:
-            used = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'runs'").fetchone()
-            count = (used[0] if used else 0) + 1
+            count = _next_number(db)
             run_id = self._make_folder(count, config)
             try:
                 row = {
                     "number": count,
                     "id": run_id,
-                    "name": _line(config.recording.name, NAME_CHARS, "name") or f"Run {count}",
+                    "name": one_line(config.recording.name, NAME_CHARS, "name") or f"Run {count}",
                     "state": "queued",
                     "preset": config.preset,
                     "config": to_json(config.model_dump(mode="json")),
                     "seed": config.seed,
                     "prompt_set": prompt_set,
                     "prompt_fingerprint": prompt_fingerprint,
-                    "tags": to_json(_tags(config.recording.tags)),
+                    "tags": to_json(tidy_tags(config.recording.tags)),
                     "notes": "",
-                    "source": source,
+                    "source": "local",
                     "created": now,
                     "updated": now,
                     "total_steps": config.training.steps,
@@ -107,6 +93,48 @@ class Store(RunReader):
                 remove_folder(self.run_dir(run_id))
                 raise
         return run_id
+
+    def import_run(
+        self, config: RunConfig, run: Mapping[str, Any], files: Path, fill: Callable[[Database, str], None]
+    ) -> str:
+        """Add a run that was recorded elsewhere, to be looked at and never continued; returns its id here.
+
+        Args:
+            run: columns of table ``runs`` as recorded, in a final state; the settings come from ``config``.
+            files: a finished folder below `root`; it becomes the run's.
+            fill: inserts the rows of the other tables, in the same transaction.
+
+        Raises:
+            StoreError: the database or the disk refused; or whatever ``fill`` raises. There is no run then,
+                and ``files`` is gone.
+        """
+        if run["state"] not in FINAL_STATES:
+            raise StoreError(f"A run that is {run['state']} can't be imported; only one that has ended can.")
+        folder = files
+        try:
+            with self.write() as db:
+                count = _next_number(db)
+                run_id = new_run_id(count, config.preset, lambda name: self.run_dir(name).exists())
+                os.rename(files, self.run_dir(run_id))
+                folder = self.run_dir(run_id)
+                own = {"number": count, "id": run_id, "source": "imported", "preset": config.preset}
+                own |= {"config": to_json(config.model_dump(mode="json")), "seed": config.seed}
+                own |= {"name": one_line(run["name"], NAME_CHARS, "name"), "tags": to_json(tidy_tags(run["tags"]))}
+                insert(db, "runs", [{**run, **own}])
+                fill(db, run_id)
+                for block in range(run["step"] // BLOCK):
+                    sum_up(db, run_id, block)
+                refresh_summary(db, run_id)
+        except BaseException:
+            remove_folder(folder)
+            raise
+        return run_id
+
+    def require_local(self, run_id: str) -> RunRow:
+        """The run, if it was recorded here: what was imported is never continued. Raises `StoreError`."""
+        run = self.run(run_id)
+        _refuse_imported(run)
+        return run
 
     def set_state(self, run_id: str, state: str, message: str = "", *, error: str | None = None) -> None:
         """Move a run to ``state``, if `TRANSITIONS` allows it.
@@ -119,6 +147,7 @@ class Store(RunReader):
         now = time.time()
         with self.write() as db:
             run = fetch_run(db, run_id)
+            _refuse_imported(run)
             if state not in TRANSITIONS[run.state]:
                 allowed = ", ".join(sorted(TRANSITIONS[run.state])) or "nothing else"
                 raise StoreError(f"Run {run_id} is {run.state} and can't become {state}; it can become {allowed}.")
@@ -157,6 +186,7 @@ class Store(RunReader):
     def heartbeat(self, run_id: str) -> None:
         """Say that the run's process lives."""
         with self.write(visible=False) as db:
+            _refuse_imported(fetch_run(db, run_id))
             update_run(db, run_id, {"heartbeat": time.time()})
 
     def interrupt_stale(self) -> list[str]:
@@ -209,14 +239,14 @@ class Store(RunReader):
 
     def rename(self, run_id: str, name: str) -> None:
         """Give a run another name: one line of at most 120 characters."""
-        text = _line(name, NAME_CHARS, "name")
+        text = one_line(name, NAME_CHARS, "name")
         if not text:
             raise StoreError("A run's name can't be empty; type at least one letter.")
         self._annotate(run_id, {"name": text})
 
     def tag(self, run_id: str, tags: Iterable[str]) -> None:
         """Replace a run's tags; each is one line of at most 40 characters."""
-        self._annotate(run_id, {"tags": to_json(_tags(tags))})
+        self._annotate(run_id, {"tags": to_json(tidy_tags(tags))})
 
     def note(self, run_id: str, notes: str) -> None:
         """Replace a run's notes, at most 20,000 characters."""
@@ -333,16 +363,13 @@ class Store(RunReader):
             update_run(db, run_id, changes)
 
     def _make_folder(self, count: int, config: RunConfig) -> str:
-        preset = re.sub(r"[^a-z0-9]+", "-", config.preset.lower())[:24].strip("-") or "run"
         try:
             (self.root / "runs").mkdir(exist_ok=True)
-            while True:
-                run_id = f"{count:04d}-{preset}-{''.join(secrets.choice(_SUFFIX) for _ in range(4))}"
-                folder = self.run_dir(run_id)
-                if not folder.exists():  # as one of an earlier database in the same place may
-                    folder.mkdir()
-                    write_text(folder / "config.yaml", config.dump_yaml())
-                    return run_id
+            # One may be there: of an earlier database in the same place.
+            run_id = new_run_id(count, config.preset, lambda name: self.run_dir(name).exists())
+            self.run_dir(run_id).mkdir()
+            write_text(self.run_dir(run_id) / "config.yaml", config.dump_yaml())
+            return run_id
         except OSError as error:
             raise StoreError(
                 f"{self.root / 'runs'} can't hold the run's files: {error.strerror}; choose another --db."
@@ -358,14 +385,13 @@ class Store(RunReader):
             ) from error
 
 
-def _line(text: str, limit: int, what: str) -> str:
-    """One tidy line of printable text."""
-    printable = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp", "Cs") else char for char in text)
-    tidy = " ".join(printable.split())
-    if len(tidy) > limit:
-        raise StoreError(f"The {what} has {len(tidy)} characters; {limit} are allowed, shorten it.")
-    return tidy
+def _next_number(db: Database) -> int:
+    used = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'runs'").fetchone()
+    return (used[0] if used else 0) + 1
 
 
-def _tags(tags: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(tag for tag in (_line(tag, TAG_CHARS, "tag") for tag in tags) if tag))
+def _refuse_imported(run: RunRow) -> None:
+    if run.source == "imported":
+        raise StoreError(
+            f"Run {run.id} was imported; it can be looked at and its policy tried or exported, not resumed."
+        )
