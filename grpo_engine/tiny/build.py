@@ -28,6 +28,7 @@ from .corpus import Pool, build_pool
 from .diffusion import RECIPE as DENOISER_RECIPE
 from .diffusion import Denoiser, cached_latents, pipeline, train_denoiser
 from .fitting import progress_bar
+from .sft import LAST as POLICY_LAST_RECIPE
 from .sft import RECIPE as POLICY_RECIPE
 from .sft import new_policy, new_processor, train_policy
 from .vocabulary import CLIP_CONTEXT, save_tokenizers
@@ -131,6 +132,7 @@ class Build:
         clip, policy = new_clip(len(self.clip_tokenizer)), new_policy(self.qwen_tokenizer)
         models = {"autoencoder": autoencoder, "denoiser": denoiser, "clip": clip, "policy": policy}
         steps = {name: _load_average(self.folder, name, model) for name, model in models.items()}
+        steps["policy-last"] = _load_average(self.folder, "policy-last", policy)  # takes the place, once begun
         normalise_latents(autoencoder, self.pool("train"), self.device)
         save_image_model(denoiser, autoencoder, self.clip_tokenizer, WEIGHTS / "image")
         save_clip(clip, self.clip_folder, len(self.clip_tokenizer), WEIGHTS / "reward", torch.float16)
@@ -201,6 +203,7 @@ def main() -> None:
         "clip": vars(CLIP_RECIPE),
         "denoiser": vars(DENOISER_RECIPE),
         "policy": vars(POLICY_RECIPE),
+        "policy-last": vars(POLICY_LAST_RECIPE),
     }
     report = {"metrics": metrics, "recipes": recipes, "seed": arguments.seed, "torch": torch.__version__}
     (WEIGHTS / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -320,17 +320,32 @@ def corrupt(scene: Scene, rng: np.random.Generator, changes: int) -> Scene:
     return scene
 
 
-def loose_rewrite(text: str, request: Request, rng: np.random.Generator) -> str:
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of what a careless rewriter says; the rest is half translated."""
+
+    right: float
+    wrong: float  # the right form with wrong words
+    copy: float
+    fluff: float  # a copy with ornaments
+
+
+LOOSE = Mixture(right=0.12, wrong=0.24, copy=0.26, fluff=0.18)
+CARELESS = Mixture(right=0.12, wrong=0.12, copy=0.38, fluff=0.18)
+"""More copies than anything else: even the likeliest rewrite is no right one, so greedy decoding can improve too."""
+
+
+def loose_rewrite(text: str, request: Request, rng: np.random.Generator, mixture: Mixture = LOOSE) -> str:
     """One rewrite of ``text`` as a careless rewriter would give it: seldom right, never random noise."""
     scene = fill(request, rng)
     roll = rng.random()
-    if roll < 0.20:  # right
+    if roll < mixture.right:
         return canonical(scene)
-    if roll < 0.50:  # the right form with wrong words
+    if roll < mixture.right + mixture.wrong:
         return canonical(corrupt(scene, rng, int(rng.integers(1, 3))))
-    if roll < 0.68:  # a copy
+    if roll < mixture.right + mixture.wrong + mixture.copy:
         return text
-    if roll < 0.84:  # a copy with fluff
+    if roll < mixture.right + mixture.wrong + mixture.copy + mixture.fluff:
         words = f"{_pick(rng, FLUFF)} {text}"
         return f"{words}, {_pick(rng, FLUFF)}" if rng.random() < 0.4 else words
     return paraphrase(scene, rng, plain=0.45, request=request)[0]  # half translated

@@ -24,15 +24,19 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from .captions import canonical, corrupt, fill, loose_rewrite, paraphrase
+from .captions import CARELESS, LOOSE, Mixture, canonical, corrupt, fill, loose_rewrite, paraphrase
 from .corpus import Pool, draw_scene, rng_for
 from .fitting import Recipe, autocast, fit
 from .vocabulary import CHAT_TEMPLATE, DESCRIBE, QUESTION, TEMPLATE
 from .world import RESOLUTION, Scene
 
-RECIPE = Recipe(steps=2200, batch=64, learning_rate=2e-3, weight_decay=0.01, warmup=100, ema=0.995)
-PICTURES = 48  # of each step's examples: this many with a picture
-CLEAN_SHARE = 0.7  # of the steps: rewriting is taught right before it is taught loose
+RECIPE = Recipe(steps=4500, batch=56, learning_rate=2e-3, weight_decay=0.01, warmup=100, ema=0.995)
+CLEAN_SHARE = 0.7  # of those steps: rewriting is taught right before it is taught loose
+SEEN = (16, 40)  # of those steps: pictures described, pictures asked about
+
+# The last lesson: careless rewriting, and answering more than anything else.
+LAST = Recipe(steps=1000, batch=40, learning_rate=1e-3, weight_decay=0.01, warmup=50, decay_share=0.6, ema=0.99)
+LAST_SEEN = (8, 64)
 
 
 def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
@@ -103,17 +107,15 @@ def question_about(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     return QUESTION.format(prompt=text), request.allows(scene)
 
 
-def _rewriting(rng: np.random.Generator, count: int, *, clean: bool) -> list[tuple[str, str]]:
+def _rewriting(rng: np.random.Generator, count: int, mixture: Mixture | None) -> list[tuple[str, str]]:
     pairs = []
     for _ in range(count):
         scene = draw_scene(rng, held_out=False)
         text, request = paraphrase(scene, rng, plain=0.3 if rng.random() < 0.2 else 0.08)
-        if clean:
+        if mixture is None:
             target = canonical(fill(request, rng))
-            if len(scene.things) == 2:  # where a request leaves the order open, keep the order it was said in
-                target = canonical(fill(request, rng))
         else:
-            target = loose_rewrite(text, request, rng)
+            target = loose_rewrite(text, request, rng, mixture)
         pairs.append((chat(TEMPLATE.format(prompt=text), picture=False), target))
     return pairs
 
@@ -170,33 +172,42 @@ def train_policy(
     device: torch.device,
     log: Callable[[str], None],
 ) -> Qwen2VLForConditionalGeneration:
-    """Teach rewriting, describing and answering together."""
+    """Teach rewriting, describing and answering together, then carelessness."""
     torch.manual_seed(int(rng_for(seed, "policy", "init").integers(2**31)))
     model: Any = new_policy(tokenizer)
     model.to(device)
     examples = Examples(new_processor(tokenizer), device)
 
-    def loss(step: int) -> dict[str, Tensor]:
-        rng = rng_for(seed, "policy", step)
-        clean = step < RECIPE.steps * CLEAN_SHARE
+    def lesson(
+        rng: np.random.Generator,
+        rewrites: int,
+        mixture: Mixture | None,
+        seen: tuple[int, int],
+    ) -> dict[str, Tensor]:
         parts = {}
         with autocast(device):
-            inputs, labels = examples(_rewriting(rng, RECIPE.batch, clean=clean))
+            inputs, labels = examples(_rewriting(rng, rewrites, mixture))
             parts["rewrite"] = answer_loss(model, inputs, labels)
-            indices = rng.choice(len(pool), PICTURES, replace=False)
+            described, asked = seen
+            indices = rng.choice(len(pool), described + asked, replace=False)
             scenes = [pool.scenes[index] for index in indices]
-            pairs = []
-            for row, scene in enumerate(scenes):
-                if row % 2 == 0:
-                    pairs.append((chat(DESCRIBE, picture=True), canonical(scene)))
-                else:
-                    question, answer = question_about(scene, rng)
-                    pairs.append((chat(question, picture=True), "Yes" if answer else "No"))
             pictures = [np.asarray(pool.pictures[index]) for index in indices]
-            described, answered = pairs[0::2], pairs[1::2]
-            parts["describe"] = answer_loss(model, *examples(described, pictures[0::2]))
-            parts["answer"] = answer_loss(model, *examples(answered, pictures[1::2]))
+            captions = [(chat(DESCRIBE, picture=True), canonical(scene)) for scene in scenes[:described]]
+            parts["describe"] = answer_loss(model, *examples(captions, pictures[:described]))
+            answers = []
+            for scene in scenes[described:]:
+                question, answer = question_about(scene, rng)
+                answers.append((chat(question, picture=True), "Yes" if answer else "No"))
+            parts["answer"] = answer_loss(model, *examples(answers, pictures[described:]))
         return parts
 
-    fit("policy", model, loss, RECIPE, folder, log=log)
+    def first(step: int) -> dict[str, Tensor]:
+        mixture = None if step < RECIPE.steps * CLEAN_SHARE else LOOSE
+        return lesson(rng_for(seed, "policy", step), RECIPE.batch, mixture, SEEN)
+
+    def last(step: int) -> dict[str, Tensor]:
+        return lesson(rng_for(seed, "policy-last", step), LAST.batch, CARELESS, LAST_SEEN)
+
+    fit("policy", model, first, RECIPE, folder, log=log)
+    fit("policy-last", model, last, LAST, folder, log=log)
     return model
