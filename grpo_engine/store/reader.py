@@ -231,13 +231,11 @@ class RunReader:
         self, evaluation_id: int, *, arm: str | None = None, prompt_id: str | None = None
     ) -> list[ItemRow]:
         """The pictures of a measurement, by prompt, arm and latents; of one arm or prompt where given."""
+        wanted = {"evaluation_id": evaluation_id, "prompt_id": prompt_id, "arm": arm}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{name} = :{name}" for name in given)  # only what is given, or the key is not used
         with self.read() as db:
-            rows = db.query(
-                """SELECT * FROM evaluation_items WHERE evaluation_id = :evaluation
-                    AND (:prompt IS NULL OR prompt_id = :prompt) AND (:arm IS NULL OR arm = :arm)
-                    ORDER BY prompt_id, arm, "index" """,
-                {"evaluation": evaluation_id, "arm": arm, "prompt": prompt_id},
-            )
+            rows = db.query(f'SELECT * FROM evaluation_items WHERE {where} ORDER BY prompt_id, arm, "index"', given)
             return [item_row(row) for row in rows]
 
     def events(self, run_id: str, after_id: int = 0, limit: int | None = 200) -> list[EventRow]:

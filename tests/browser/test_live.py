@@ -1,0 +1,266 @@
+"""The live screen in a real browser, on a run that another process carries on: this one, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import small
+from playwright.sync_api import Locator, Page, expect
+from served import Served
+
+from grpo_engine.recorder import STEP_METRICS
+from grpo_engine.store import Store
+
+NAME = "Watched <b>run</b>"
+
+
+@dataclass
+class Going:
+    """A run in training; `step` records its next step, with the metrics and groups of a recorded run's."""
+
+    store: Store
+    id: str
+    source: str
+
+    def step(self, count: int = 1) -> None:
+        for number in range(self.store.run(self.id).step + 1, self.store.run(self.id).step + 1 + count):
+            of = (number - 1) % self.store.run(self.source).step + 1
+            with self.store.read() as db:
+                (metrics,) = db.query("SELECT * FROM steps WHERE run_id = ? AND step = ?", [self.source, of])
+                rows = list(db.query("SELECT * FROM rollouts WHERE run_id = ? AND step = ?", [self.source, of]))
+            rollouts = [{k: v for k, v in row.items() if k not in ("id", "run_id", "step")} for row in rows]
+            self.store.add_step(self.id, number, {name: metrics[name] for name in STEP_METRICS}, rollouts)
+
+
+@pytest.fixture
+def going(served: Served) -> Iterator[Going]:
+    """A run of this process in the served database; it is gone afterwards."""
+    run_id = served.store.create_run(small("training.steps=40", f"recording.name={NAME}"), prompt_set="tiny")
+    for state in ("loading", "baseline", "training"):
+        served.store.set_state(run_id, state)
+    run = Going(served.store, run_id, run_named(served, "First"))
+    run.step(3)
+    yield run
+    if served.store.run(run_id).active:
+        served.store.set_state(run_id, "stopped")
+    served.store.delete(run_id)
+
+
+def run_named(served: Served, name: str) -> str:
+    return next(run.id for run in served.store.runs() if run.name == name)
+
+
+def plot(page: Page, name: str) -> Locator:
+    """The plotly element of a chart, once it is drawn."""
+    found = page.locator(f"[data-chart={name}] .js-plotly-plot")
+    expect(found.locator(".xaxislayer-above")).to_be_attached()
+    return found
+
+
+def curve(page: Page, chart: str, key: str) -> list[Any]:
+    """[x of the trace, its visibility] as plotly has it."""
+    found: list[Any] = plot(page, chart).evaluate(
+        "(node, key) => { const t = node.data.find((d) => d.uid === key); return [[...t.x], t.visible ?? true]; }",
+        key,
+    )
+    return found
+
+
+def reaches(page: Page, chart: str, key: str, step: int) -> None:
+    """Wait until a curve has come to ``step``."""
+    page.wait_for_function(
+        """([chart, key, step]) => {
+            const node = document.querySelector(`[data-chart=${chart}] .js-plotly-plot`);
+            const trace = node && node.data.find((d) => d.uid === key);
+            return trace && trace.x.at(-1) === step;
+        }""",
+        arg=[chart, key, step],
+    )
+
+
+def test_zoom_and_legend_are_kept_while_ten_updates_come_in(page: Page, served: Served, going: Going) -> None:
+    page.goto(f"{served.url}/#live?run={going.id}")
+    reaches(page, "reward", "reward.reward_mean", 3)
+    reward = plot(page, "reward")
+    reward.evaluate("node => { node.tested = true; }")
+    box = reward.locator(".nsewdrag").first.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.3)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.7, steps=5)
+    page.mouse.up()
+    page.wait_for_function(
+        "document.querySelector('[data-chart=reward] .js-plotly-plot').layout.xaxis.autorange !== true"
+    )
+    zoom = "node => [...node.layout.xaxis.range, ...node.layout.yaxis.range]"
+    before = reward.evaluate(zoom)
+    plot(page, "loss").locator(".legendtoggle").nth(1).click()
+    page.wait_for_function(
+        "document.querySelector('[data-chart=loss] .js-plotly-plot').data.some((t) => t.visible === 'legendonly')"
+    )
+    for step in range(4, 14):
+        going.step()
+        reaches(page, "reward", "reward.reward_mean", step)
+    assert reward.evaluate(zoom) == before
+    assert reward.evaluate("node => node.tested") is True  # the same element: nothing was mounted anew
+    reaches(page, "loss", "loss.policy_loss", 13)
+    assert curve(page, "loss", "loss.policy_loss")[1] == "legendonly"
+    assert curve(page, "loss", "loss.total_loss")[1] is True
+    page.get_by_label("Smoothing").fill("0")
+    page.get_by_label("Smoothing").fill("0.9")
+    assert reward.evaluate(zoom) == before
+    assert curve(page, "loss", "loss.policy_loss")[1] == "legendonly"
+    reward.locator(".nsewdrag").first.dblclick()
+    page.wait_for_function("document.querySelector('[data-chart=reward] .js-plotly-plot').layout.xaxis.range[1] > 12")
+
+
+def test_a_click_on_a_chart_moves_charts_pictures_microscope_and_address_to_that_step(
+    page: Page, served: Served
+) -> None:
+    first = run_named(served, "First")
+    page.goto(f"{served.url}/#live?run={first}")
+    reaches(page, "judge", "judge.reward_mean", 6)
+    judge = plot(page, "judge")
+    judge.scroll_into_view_if_needed()
+    box = judge.locator(".nsewdrag").first.bounding_box()
+    assert box is not None
+    at = judge.evaluate("node => node._fullLayout.xaxis.d2p(2)")
+    page.mouse.move(box["x"] + at, box["y"] + box["height"] / 2)
+    page.wait_for_timeout(300)  # the pointer rests before it clicks, as a person's does
+    page.mouse.down()
+    page.mouse.up()
+    expect(page.get_by_label("Step number")).to_have_value("2")
+    prompts = [row.prompt for row in served.store.rollouts(first, 2) if row.k == 0]
+    expect(page.locator(".g-microscope header h3")).to_have_text(prompts)
+    expect(page.locator(".g-live-pictures h2")).to_have_text("Step 2: best and worst")
+    marks = "() => [...document.querySelectorAll('.js-plotly-plot')].map((n) => (n.layout.shapes || []).at(-1)?.x0)"
+    page.wait_for_function(f"({marks})().every((x) => x === 2)")
+    assert page.evaluate("location.hash") == f"#live?run={first}&step=2"
+
+    page.reload()
+    expect(page.get_by_label("Step number")).to_have_value("2")
+    page.get_by_role("button", name="Step after").click()
+    page.wait_for_function(f"({marks})().length === 7 && ({marks})().every((x) => x === 3)")
+    expect(page.locator(".g-live-pictures h2")).to_have_text("Step 3: best and worst")
+    page.locator(".g-live-pictures").get_by_role("button", name="Newest").click()
+    expect(page.get_by_label("Step number")).to_have_value("6")
+    page.wait_for_function(f"({marks})().every((x) => x === undefined)")
+    assert page.evaluate("location.hash") == f"#live?run={first}"
+
+
+def test_pages_see_a_run_of_another_process_and_what_was_asked_of_it(
+    new_page: Callable[..., Page], served: Served, going: Going
+) -> None:
+    mine, other = new_page(), new_page(width=390, height=844)
+    for page in (mine, other):
+        page.goto(f"{served.url}/#live")
+        expect(page.locator(".g-live h1")).to_have_text(NAME)  # as text: its tags are no markup
+        expect(page.locator(".g-live-count")).to_contain_text("3 / 40")
+    served.store.set_phase(going.id, "rendering", 1, 2)
+    for page in (mine, other):
+        expect(page.locator(".g-live-phases [aria-current]")).to_have_text("rendering1 of 2 groups")
+    going.step()
+    expect(other.locator(".g-live-count")).to_contain_text("4 / 40", timeout=4000)
+    expect(other.locator(".g-live-facts")).to_contain_text("steps a minute")
+
+    mine.get_by_role("button", name="Pause").click()
+    for page in (mine, other):
+        expect(page.locator("[data-command=pause]")).to_have_text("Pausing…", timeout=3000)
+        expect(page.locator("[data-command=pause]")).to_be_disabled()
+    assert [row.command for row in served.store.take_commands(going.id)] == ["pause"]
+    served.store.set_state(going.id, "paused")
+    for page in (mine, other):
+        expect(page.get_by_role("button", name="Resume")).to_be_enabled()
+        expect(page.locator("[data-command=save]")).to_be_disabled()
+        expect(page.locator("[data-command=save]")).to_have_attribute(
+            "title", "Resume the run first: this happens after its next step."
+        )
+    mine.get_by_role("button", name="Stop").click()
+    expect(mine.locator("[data-command=stop]")).to_have_text("Stopping…", timeout=2000)
+    served.store.set_state(going.id, "stopped", "Stopped on request; it can be resumed.")
+    for page in (mine, other):
+        expect(page.locator(".g-live-strip .g-state")).to_have_text("stopped")
+        expect(page.locator(".g-live-remark")).to_have_text("Stopped on request; it can be resumed.")
+        expect(page.get_by_role("button", name="Resume")).to_be_enabled()
+    expect(other.locator(".g-live-lines li").last).to_contain_text("Stopped on request; it can be resumed.")
+
+
+def test_a_failed_run_says_why_and_a_lost_one_is_told_from_its_age(page: Page, served: Served, going: Going) -> None:
+    page.goto(f"{served.url}/#live?run={going.id}")
+    expect(page.locator(".g-live-count")).to_contain_text("3 / 40")
+    page.clock.install()
+    page.clock.fast_forward(50_000)  # the page's clock runs on, the run's heartbeat does not
+    expect(page.locator(".g-live-remark")).to_contain_text("No sign of life for")
+    served.store.set_state(going.id, "failed", error="The disk is full; free some space.")
+    page.clock.run_for(3000)
+    expect(page.locator(".g-live-remark")).to_have_text(
+        "The disk is full; free some space. Resume goes on from the last saved step."
+    )
+
+
+def test_the_picker_shows_another_run_and_says_when_one_goes_on_elsewhere(
+    page: Page, served: Served, going: Going
+) -> None:
+    second = run_named(served, "Second")
+    page.goto(f"{served.url}/#live")
+    expect(page.locator(".g-live h1")).to_have_text(NAME)
+    page.get_by_label("Run shown").select_option(second)
+    expect(page.locator(".g-live h1")).to_have_text("Second")
+    reaches(page, "reward", "reward.reward_mean", 6)
+    expect(page.locator(".g-live-headline")).to_contain_text("The reward")
+    assert page.evaluate("location.hash") == f"#live?run={second}"
+    expect(page.locator(".g-live-other")).to_contain_text(f"{NAME} is training now.")
+    page.get_by_role("button", name="Show it").click()
+    expect(page.locator(".g-live h1")).to_have_text(NAME)
+    expect(page.locator(".g-live-other")).to_be_hidden()
+    expect(page.locator(".g-live-headline")).to_be_hidden()
+    reaches(page, "reward", "reward.reward_mean", 3)
+
+
+def test_the_log_follows_unless_somebody_has_scrolled_up(page: Page, served: Served, going: Going) -> None:
+    page.goto(f"{served.url}/#live?run={going.id}")
+    log = page.get_by_role("log")
+    for number in range(30):
+        served.store.add_event(going.id, "warning" if number == 29 else "note", f"line {number}")
+    expect(log.locator("li").last).to_contain_text("line 29")
+    expect(log.locator("li").last).to_have_class("g-live-warning")
+    at_end = "node => node.scrollHeight - node.scrollTop - node.clientHeight < 5"
+    assert log.evaluate(at_end)
+    log.evaluate("node => { node.scrollTop = 40; }")
+    served.store.add_event(going.id, "note", "the last line")
+    expect(log.locator("li").last).to_contain_text("the last line")
+    assert log.evaluate("node => node.scrollTop") == 40
+
+
+def test_smoothing_is_remembered_and_keeps_what_was_measured_behind_it(page: Page, served: Served) -> None:
+    page.goto(f"{served.url}/#live?run={run_named(served, 'First')}")
+    reaches(page, "reward", "reward.reward_mean", 6)
+    page.get_by_label("Smoothing").fill("0.5")
+    page.wait_for_function(
+        "document.querySelector('[data-chart=reward] .js-plotly-plot').data.some((t) => t.uid.endsWith(' raw'))"
+    )
+    values = "(node, uid) => Array.from(node.data.find((t) => t.uid === uid).y)"
+    raw = plot(page, "reward").evaluate(values, "reward.reward_mean raw")
+    smooth = plot(page, "reward").evaluate(values, "reward.reward_mean")
+    recorded = served.store.steps(run_named(served, "First"), ["reward_mean"])["reward_mean"].tolist()
+    assert raw == pytest.approx(recorded, rel=1e-5)
+    assert smooth[1] == pytest.approx((0.25 * recorded[0] + 0.5 * recorded[1]) / 0.75, rel=1e-5)
+    page.reload()
+    expect(page.get_by_label("Smoothing")).to_have_value("0.5")
+
+
+def test_an_empty_database_teaches_the_first_step(
+    new_page: Callable[..., Page], serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    served = serve(tmp_path)
+    for run in served.store.runs():  # the recorded example that every first start is given
+        served.store.delete(run.id)
+    page = new_page()
+    page.goto(f"{served.url}/#live")
+    expect(page.locator(".g-live")).to_contain_text("Nothing has been trained yet")
+    page.get_by_role("button", name="Start a guided first run").click()
+    expect(page.locator("#tab-train-button")).to_have_attribute("aria-selected", "true")

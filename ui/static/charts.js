@@ -1,0 +1,194 @@
+/* Charts that keep what a person did to them.
+
+   const chart = grpo.chart(host, {name, title, note, unit, height});
+   chart.figure(fig)        a plotly figure from charts.py; later calls keep zoom, hover and legend choices
+   chart.extend(columns)    new points: {key: {x: [...], y: [...]}} for traces whose meta.key is `key`;
+                            points from the first new x on are replaced, so a bin that was still filling is mended
+   chart.smooth(weight)     0..0.99: exponential smoothing of the traces with meta.smooth
+   chart.mark(step)         a line at a step; null: none
+   chart.onStep = (step, meta, point) => ...    a point was clicked; `point` is plotly's
+
+   Each chart has its own: log scale, full screen, PNG, CSV. plotly.js is loaded when the first chart needs it. */
+'use strict';
+
+(() => {
+  let library = null;
+
+  function plotly() {
+    library = library || new Promise((resolve, reject) => {
+      const script = document.createElement('script');
+      script.src = '/grpo/static/plotly.min.js';
+      script.onload = () => resolve(window.Plotly);
+      script.onerror = () => { library = null; reject(new Error('The chart library could not be loaded; reload the page.')); };
+      document.head.append(script);
+    });
+    return library;
+  }
+
+  const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
+  const CONFIG = { displaylogo: false, displayModeBar: false, responsive: false, doubleClick: 'reset', scrollZoom: false };
+
+  /* Exponential moving average with bias correction, so that the first points are not pulled to 0. */
+  function smoothed(values, weight) {
+    let sum = 0, mass = 0;
+    return values.map((value) => {
+      if (value === null || value === undefined) return value;
+      sum = weight * sum + (1 - weight) * value;
+      mass = weight * mass + (1 - weight);
+      return sum / mass;
+    });
+  }
+
+  class Chart {
+    constructor(host, { name, title, note = '', unit = '', height = 240 }) {
+      const { h, icon } = grpo;
+      this.name = name;
+      this.unit = unit;
+      this.onStep = null;
+      this.raw = null;  // the figure as the server and extend() made it
+      this.weight = 0;
+      this.step = null;
+      this.log = false;
+      this.plot = h('div', { class: 'g-plot', style: { height: `${height}px` } });
+      const tool = (label, glyph, action) => h('button', { type: 'button', class: 'g-icon', title: label, 'aria-label': `${title}: ${label}`, onclick: action }, typeof glyph === 'string' ? icon(glyph) : glyph);
+      this.logButton = tool('Log scale', 'log', () => this.toggleLog());
+      this.logButton.setAttribute('aria-pressed', 'false');
+      this.node = h('figure', { class: 'g-chart', 'aria-label': title, data: { chart: name } },
+        h('figcaption', {}, h('span', { class: 'g-title' }, title, unit ? h('span', { class: 'g-unit' }, unit) : null),
+          h('span', { class: 'g-tools' }, this.logButton,
+            tool('PNG', h('span', {}, 'PNG'), () => this.png()), tool('CSV', h('span', {}, 'CSV'), () => this.csv()),
+            tool('Full screen', 'expand', () => this.full()))),
+        note ? h('p', { class: 'g-note' }, note) : null, this.plot);
+      host.append(this.node);
+      new ResizeObserver(() => this.resize()).observe(this.plot);
+      document.addEventListener('grpo-theme', () => this.draw());
+      document.addEventListener('fullscreenchange', () => this.resize());
+    }
+
+    figure(fig) {
+      this.raw = fig;
+      return this.draw();
+    }
+
+    extend(columns) {
+      if (!this.raw) return undefined;
+      for (const trace of this.raw.data) {
+        const fresh = trace.meta && columns[trace.meta.key];
+        if (!fresh || !fresh.x.length) continue;
+        let keep = trace.x.length;
+        while (keep && trace.x[keep - 1] >= fresh.x[0]) keep -= 1;
+        trace.x = trace.x.slice(0, keep).concat(fresh.x);
+        trace.y = trace.y.slice(0, keep).concat(fresh.y);
+      }
+      return this.draw();
+    }
+
+    smooth(weight) {
+      this.weight = weight;
+      return this.draw();
+    }
+
+    mark(step) {
+      this.step = step;
+      return this.draw();
+    }
+
+    toggleLog() {
+      this.log = !this.log;
+      this.logButton.setAttribute('aria-pressed', String(this.log));
+      return this.draw();
+    }
+
+    /* Each trace has an identity, so that what was hidden in the legend stays hidden when others come or go. */
+    traces() {
+      const hidden = (key) => (this.plot.data || []).some((trace) => trace.uid === key && trace.visible === 'legendonly');
+      return this.raw.data.flatMap((trace, index) => {
+        const uid = (trace.meta && trace.meta.key) || String(index);
+        if (!this.weight || !trace.meta || !trace.meta.smooth) return [{ ...trace, uid }];
+        const group = trace.legendgroup || uid;
+        const faint = { ...trace, uid: `${uid} raw`, legendgroup: group, opacity: 0.3, showlegend: false, hoverinfo: 'skip', hovertemplate: null,
+          name: `${trace.name} raw`, line: { ...trace.line, width: 1 }, ...(hidden(uid) ? { visible: 'legendonly' } : {}) };
+        const [tip, extra] = (trace.hovertemplate || '%{y:.4~g}').split('<extra>');  // the pointer is told both: what was measured, and the trend
+        const hovertemplate = `${tip.replace(/%\{y/g, '%{customdata')}, smoothed ${tip}${extra === undefined ? '' : `<extra>${extra}`}`;
+        return [faint, { ...trace, uid, legendgroup: group, customdata: trace.y, hovertemplate, y: smoothed(trace.y, this.weight) }];
+      });
+    }
+
+    layout() {
+      const grid = css('--g-grid'), ink = css('--g-ink'), quiet = css('--g-quiet'), surface = css('--g-surface');
+      const base = this.raw.layout || {};
+      const axis = (mine) => ({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: quiet, size: 11 }, automargin: true, ...mine,
+        title: mine && mine.title ? { ...(mine.title.text ? mine.title : { text: mine.title }), font: { color: quiet, size: 11 }, standoff: 6 } : undefined });
+      const layout = { ...base, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', template: undefined, font: { family: 'system-ui, sans-serif', color: ink, size: 12 },
+        margin: { l: 8, r: 12, t: 6, b: 8, ...base.margin }, uirevision: base.uirevision || 'kept', hovermode: base.hovermode || 'x unified', dragmode: 'zoom',
+        hoverlabel: { bgcolor: surface, bordercolor: grid, font: { color: ink, size: 12 } }, legend: { orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom', font: { size: 11, color: quiet }, ...base.legend },
+        xaxis: axis(base.xaxis), yaxis: axis(base.yaxis), shapes: [...(base.shapes || [])],
+        annotations: (base.annotations || []).map((a) => ({ ...a, font: { size: 11, color: quiet, ...a.font } })) };
+      if (base.yaxis2) layout.yaxis2 = axis(base.yaxis2);
+      if (this.log) layout.yaxis = { ...layout.yaxis, type: 'log' };
+      if (this.step !== null) {
+        layout.shapes.push({ type: 'line', x0: this.step, x1: this.step, yref: 'paper', y0: 0, y1: 1, line: { color: css('--g-accent'), width: 1, dash: 'dot' } });
+      }
+      return layout;
+    }
+
+    /* One redraw a frame at most; none while the chart is off screen (resize() draws it when it comes back). */
+    draw() {
+      if (this.drawing) return this.drawing;
+      this.drawing = (async () => {
+        const lib = await plotly();
+        await new Promise((resolve) => { requestAnimationFrame(resolve); setTimeout(resolve, 100); });
+        this.drawing = null;
+        this.stale = true;
+        if (!this.raw || !this.plot.clientWidth) return;
+        this.stale = false;
+        const first = !this.plot.classList.contains('js-plotly-plot');
+        this.width = this.plot.clientWidth;
+        this.height = this.plot.clientHeight;
+        await lib.react(this.plot, this.traces(), { ...this.layout(), width: this.width, height: this.height }, CONFIG);
+        if (first) {
+          this.plot.on('plotly_click', ({ points }) => {
+            const point = points[0];
+            if (this.onStep && point) this.onStep(Number(point.x), point.data.meta || {}, point);
+          });
+        }
+      })();
+      return this.drawing;
+    }
+
+    resize() {
+      if (!this.plot.clientWidth) return;
+      if (this.stale || this.plot.clientWidth !== this.width || this.plot.clientHeight !== this.height) this.draw();
+    }
+
+    full() {
+      if (document.fullscreenElement) document.exitFullscreen();
+      else this.node.requestFullscreen().catch(() => grpo.toast('This browser does not allow full screen here.', 'error'));
+    }
+
+    async png() {
+      const lib = await plotly();
+      const background = css('--g-surface');
+      const copy = document.createElement('div');
+      await lib.newPlot(copy, this.traces(), { ...this.layout(), paper_bgcolor: background, title: { text: this.name }, width: 1200, height: 600, margin: { l: 60, r: Math.max(30, this.layout().margin.r), t: 60, b: 50 } }, CONFIG);
+      await lib.downloadImage(copy, { format: 'png', width: 1200, height: 600, scale: 2, filename: this.name });
+      lib.purge(copy);
+    }
+
+    csv() {
+      if (!this.raw) return;
+      const quote = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replace(/"/g, '""')}"` : String(value));
+      const lines = ['series,x,y'];
+      for (const trace of this.raw.data) {
+        (trace.x || []).forEach((x, index) => lines.push([(trace.meta && trace.meta.series) || trace.name || '', x, trace.y[index] ?? ''].map(quote).join(',')));
+      }
+      const link = document.createElement('a');
+      link.href = URL.createObjectURL(new Blob([lines.join('\n') + '\n'], { type: 'text/csv' }));
+      link.download = `${this.name}.csv`;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    }
+  }
+
+  grpo.chart = (host, options) => new Chart(host, options);
+})();
