@@ -34,7 +34,7 @@ def processor_seconds(process: psutil.Process) -> float:
 
 def main() -> None:
     """Measure and print."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Page, sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
@@ -57,7 +57,7 @@ def main() -> None:
             with sync_playwright() as playwright:
                 found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
                 browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-                pages = []
+                pages: list[Page] = []
                 for count in COUNTS:
                     while len(pages) < count:
                         page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()

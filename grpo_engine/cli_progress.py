@@ -98,7 +98,8 @@ def _show_progress(store: Store, run_id: str, ended: threading.Event, console: C
             if not console.is_terminal:
                 now = time.monotonic()
                 if (run.state, run.step // 10) != shown or now - said > PHASE_LINES_SECONDS:
-                    console.print(f"{run.state:<11} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
+                    line = f"{run.state:<11} {done}/{total} {note}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
                     shown, said = (run.state, run.step // 10), now
 
 

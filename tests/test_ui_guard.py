@@ -87,7 +87,8 @@ def test_nothing_but_pictures_in_image_folders_is_served(client: TestClient, run
         "/file=runs.db", "/gradio_api/file=runs.db", "/gradio_api/file=/etc/passwd", "/file/runs.db", "/runs.db",
         "/static/../../app.py", "/assets/%2e%2e/%2e%2e/app.py", "/grpo/static/..%2fapp.py", "/grpo/static/app.py",
         "/gradio_api/upload_progress", "/gradio_api/queue/data", "/gradio_api/queue/status", "/proxy=http://localhost",
-        "/gradio_api/proxy=http://localhost", "/docs", "/openapi.json", "/monitoring", "/gradio_api/stream/a/b/c/p.m3u8",
+        "/gradio_api/proxy=http://localhost", "/docs", "/openapi.json", "/monitoring",
+        "/gradio_api/stream/a/b/c/p.m3u8",
     ],
 )  # fmt: skip
 def test_gradios_own_doors_are_closed(client: TestClient, run_id: str, path: str) -> None:

@@ -265,7 +265,7 @@ def figure(
         }
         data.append(trace)
     data += _measured(spec, evaluations)
-    layout = {"uirevision": revision, "showlegend": legend} | _axes(spec, bins[spec.metrics[0]].width)
+    layout: dict[str, Any] = {"uirevision": revision, "showlegend": legend, **_axes(spec, bins[spec.metrics[0]].width)}
     if not any(trace["yaxis"] == "y2" for trace in data):
         del layout["yaxis2"]
     if not any(len(bins[name]) for name in spec.metrics):  # axes without a point have no numbers worth reading

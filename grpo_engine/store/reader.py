@@ -81,7 +81,8 @@ class RunReader:
         """Runs that wait or go on, the oldest first."""
         with self.read() as db:
             ended = ", ".join(f"'{state}'" for state in sorted(FINAL_STATES))
-            return [run_row(row) for row in db.query(f"SELECT * FROM runs WHERE state NOT IN ({ended}) ORDER BY number")]
+            query = f"SELECT * FROM runs WHERE state NOT IN ({ended}) ORDER BY number"
+            return [run_row(row) for row in db.query(query)]
 
     def resolve(self, text: str) -> RunRow:
         """The run a person means: an id, "last", a name, a number, or the beginning of an id.

@@ -5,7 +5,7 @@
   const { h, fill } = grpo;
   const gallery = grpo.gallery = grpo.gallery || {};
   const KINDS = { measured: 'Validation prompts', trained: 'Training prompts' };
-  let parts = null, now = null, run = null, kind = 'measured', offered = null, prompt = null, shown = null, latent = 0, turn = 0;
+  let parts = null, now = null, run = null, kind = 'measured', prompt = null, shown = null, latent = 0, turn = 0;
 
   const where = { untrained: 'untrained', final: 'final', validation: '', training: '' };
 
@@ -43,7 +43,6 @@
     const mine = run;
     const found = await grpo.get('gallery/films', { run, search: parts.search.value });
     if (mine !== run) return;
-    offered = found;
     if (!found.measured.total && kind === 'measured') kind = 'trained';
     parts.kinds.choose(kind);
     parts.kinds.hidden = !found.measured.total;

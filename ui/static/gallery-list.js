@@ -139,7 +139,7 @@
     const sort = h('select', { class: 'g-select', 'aria-label': 'Order', onchange: () => again({ sort: sort.value }) },
       Object.entries(SORTS).map(([value, text]) => h('option', { value }, text)));
     parts = {
-      search, sort,
+      search,
       change: gallery.segments('Change', CHANGES, '', (change) => again({ change })),
       tier: gallery.segments('Tier', { '': 'All tiers' }, '', () => {}),
       latents: h('div', {}),

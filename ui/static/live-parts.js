@@ -74,7 +74,7 @@
       fill(this.badge, grpo.state(run.state));
       text(this.name, run.name);
       text(this.about, `${run.preset ? `${run.preset}, ` : ''}seed ${run.seed}, run ${run.number}${run.source === 'imported' ? ', imported' : ''}`);
-      fill(this.count, h('strong', {}, String(run.step)), ` / ${run.total} steps`);
+      fill(this.count, h('strong', {}, run.step.toLocaleString('en')), ` / ${run.total.toLocaleString('en')} steps`);
       const share = run.total ? (100 * run.step) / run.total : 0;
       this.progress.style.width = `${share}%`;
       this.bar.setAttribute('aria-valuemax', run.total);
@@ -172,7 +172,7 @@
     /* The answer of live/pictures; picked: whether a person chose the step. */
     show({ step, groups, more, note }, picked) {
       this.step = step;
-      text(this.title, step ? `Step ${step}: best and worst` : 'Newest pictures');
+      text(this.title, step ? `Step ${step.toLocaleString('en')}: best and worst` : 'Newest pictures');
       this.follow.hidden = !picked;
       text(this.note, note || (more ? `And ${more} more group${more > 1 ? 's' : ''} below.` : 'Each pair: one prompt, the same latents.'));
       const wanted = JSON.stringify(groups);
