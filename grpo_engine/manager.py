@@ -104,7 +104,8 @@ class RunManager:
         with self._changed:
             if name == "stop" and run_id in self._queue:
                 self._queue.remove(run_id)
-                self.store.set_state(run_id, "stopped", "Taken out of the queue.")
+                if self.store.run(run_id).state == "queued":  # one that waits to be resumed has its ending already
+                    self.store.set_state(run_id, "stopped", "Taken out of the queue.")
                 return
         self.store.post_command(run_id, name)
 

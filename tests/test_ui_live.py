@@ -423,6 +423,15 @@ def test_phases_show_what_is_done_what_goes_on_and_what_comes(store: Store) -> N
     assert of("paused", "", 0, 0) == []
 
 
+def test_a_phase_says_how_far_it_is_in_what_it_counts(store: Store) -> None:
+    notes = {}
+    for state, name in (("training", "rendering"), ("training", "updating"), ("baseline", "untrained")):
+        run_id = to_state(store, state)
+        store.set_phase(run_id, name, 1, 4)
+        notes[name] = [part["note"] for part in phases(store.run(run_id)) if part["state"] == "now"]
+    assert notes == {"rendering": ["1 of 4 groups"], "updating": [""], "untrained": ["1 of 4"]}
+
+
 def test_a_validation_measures_all_arms_and_the_final_evaluation_the_trained_ones(store: Store) -> None:
     run_id = store.create_run(config(training={"steps": 2, "batch_size": 2}, evaluation={"samples": 0}))
     for state in ("loading", "training"):

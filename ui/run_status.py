@@ -16,7 +16,7 @@ from grpo_engine.store.rows import COMMANDS, ENDINGS, CommandRow, EventRow, RunR
 from .charts import setting
 
 LOADED = ("policy", "image model", "reward")  # in the order of loading.load_environment
-TRAINING = {"sampling": "prompts", "rendering": "groups", "scoring": "groups", "updating": ""}
+TRAINING = {"sampling": " prompts", "rendering": " groups", "scoring": " groups", "updating": None}  # what is counted
 ARMS = {
     "original": "original prompts",
     "untrained": "untrained, sampled",
@@ -58,10 +58,10 @@ def phases(run: RunRow) -> list[dict[str, Any]]:
         loaded = len(LOADED) if run.phase == "models loaded" else run.phase_done
         return [_part(name, index, loaded if run.phase else -1) for index, name in enumerate(LOADED)]
     if run.state == "training":
-        return _parts(list(TRAINING), list(TRAINING), run, TRAINING.get(run.phase, ""))
+        return _parts(list(TRAINING), list(TRAINING), run, TRAINING.get(run.phase))
     if run.state in ("baseline", "evaluating"):
         arms = _arms(run)
-        return _parts(arms, [ARMS[arm] for arm in arms], run, "prompts")
+        return _parts(arms, [ARMS[arm] for arm in arms], run, "")
     return []
 
 
@@ -77,12 +77,12 @@ def _arms(run: RunRow) -> list[str]:
     return [arm for arm in wanted if arm == "original" or (greedy if arm.endswith("_greedy") else sampled)]
 
 
-def _parts(keys: Sequence[str], names: Sequence[str], run: RunRow, unit: str) -> list[dict[str, Any]]:
+def _parts(keys: Sequence[str], names: Sequence[str], run: RunRow, unit: str | None) -> list[dict[str, Any]]:
     now = keys.index(run.phase) if run.phase in keys else -1
     parts = [_part(name, index, now) for index, name in enumerate(names)]
-    if now >= 0 and unit and run.phase_total:
+    if now >= 0 and unit is not None and run.phase_total:
         parts[now]["share"] = min(1.0, run.phase_done / run.phase_total)
-        parts[now]["note"] = f"{run.phase_done} of {run.phase_total} {unit}"
+        parts[now]["note"] = f"{run.phase_done} of {run.phase_total}{unit}"
     return parts
 
 
@@ -204,7 +204,7 @@ def remark(run: RunRow, status: Mapping[str, Any], *, alive: bool) -> dict[str, 
         return {"kind": "info", "text": _waiting(run, status)}
     text = {
         "loading": "Loading the three models.",
-        "baseline": "Measuring the untrained policy first, to have something to compare with; training follows.",
+        "baseline": "Measuring the untrained policy, to compare with later; training follows.",
         "paused": "Paused where it was; the models stay loaded.",
         "evaluating": "Measuring the policy as it is now on held-out prompts; training goes on afterwards."
         if run.step < run.total_steps

@@ -213,6 +213,11 @@ def test_the_picker_shows_another_run_and_says_when_one_goes_on_elsewhere(
     reaches(page, "reward", "reward.reward_mean", 6)
     expect(page.locator(".g-live-headline")).to_contain_text("The reward")
     assert page.evaluate("location.hash") == f"#live?run={second}"
+    page.locator("#tab-compare-button").click()
+    expect(page.locator(".g-live")).to_be_hidden()
+    page.locator("#tab-live-button").click()
+    expect(page.locator(".g-live h1")).to_have_text("Second")  # what was picked stays, in the address too
+    page.wait_for_function(f"location.hash === '#live?run={second}'")
     expect(page.locator(".g-live-other")).to_contain_text(f"{NAME} is training now.")
     page.get_by_role("button", name="Show it").click()
     expect(page.locator(".g-live h1")).to_have_text(NAME)

@@ -30,6 +30,15 @@ def test_the_browsers_back_button_returns_to_the_screen_before(page: Page, serve
     expect(page.locator(".g-train")).to_be_visible()
 
 
+def test_on_a_phone_every_screen_can_be_gone_to(new_page: Callable[..., Page], served: Served) -> None:
+    page = new_page(width=390)
+    page.goto(f"{served.url}/#train")
+    expect(page.locator(".g-train")).to_be_visible()
+    for name in reversed(SCREENS):
+        page.evaluate(f"grpo.go('{name}')")
+        expect(page.locator(f".g-{name}")).to_be_visible()
+
+
 def test_the_theme_follows_the_system_until_it_is_chosen_and_then_stays(
     new_page: Callable[..., Page], served: Served
 ) -> None:

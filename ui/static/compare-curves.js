@@ -64,6 +64,7 @@
           h('label', { class: 'g-row' }, h('span', { class: 'g-quiet g-small' }, 'Smoothing'), this.slider, this.amount), this.axes, this.pick, this.csv)),
         this.grid));
       this.press();
+      this.known = grpo.get('compare/metrics').catch(() => null);  // at once, beside the table
     }
 
     press() {
@@ -89,7 +90,7 @@
 
     async sync() {
       if (!this.metrics.length) {
-        this.metrics = (await grpo.get('compare/metrics')).metrics;
+        this.metrics = (await this.known || await grpo.get('compare/metrics')).metrics;
         const wanted = new Set(grpo.recall('compare.metrics', []));
         const before = this.metrics.filter(({ name }) => wanted.has(name));
         this.picked = (before.length ? before : this.metrics.filter((metric) => metric.default)).map(({ name }) => name);

@@ -63,6 +63,10 @@
 
   async function refresh() {
     await look();
+    return begin();
+  }
+
+  async function begin() {
     if (chosen === null) choose(order.filter((id) => rows.get(id).step > 0).slice(0, AT_FIRST));
     return draw();
   }
@@ -113,7 +117,7 @@
         choose(ids);
         prompt = args.prompt || '';
       }
-      return refresh();
+      return begin();
     },
     change: refresh,
   });

@@ -64,7 +64,8 @@
     view.visible = true;
     if (args.run && args.run !== view.run) select(args.run, true);
     else if (args.run) view.picked = true;
-    else if (!view.picked) select('', false);
+    else if (view.picked) address();  // back from another screen
+    else select('', false);
     const step = Number.parseInt(args.step, 10);
     if (step > 0 && view.run === args.run) view.wanted = step;
     view.runsKey = '';

@@ -96,6 +96,7 @@ grpo.tries = (() => {
         h('p', { class: 'g-small g-quiet' }, [`latent seed ${body.latent_seed}`, how, models ? models.label : ''].filter(Boolean).join(' \u00b7 ')), status), grid);
     const state = { removed: false, job: null };
     list.prepend(card);
+    if (card.getBoundingClientRect().top > window.innerHeight - 120) card.scrollIntoView({ block: 'start' });  // on a phone, below the form
     while (list.children.length > KEPT) list.lastChild.remove();
 
     const base = () => made.find((column) => column.spec.kind === 'original');

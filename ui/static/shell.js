@@ -105,10 +105,20 @@
     return { screen: name || '', args: Object.fromEntries(new URLSearchParams(query || '')) };
   }
 
+  /* A screen's tab. On narrow pages Gradio moves tabs into a menu, without their ids: found there by their title. */
+  function tabOf(name) {
+    const tab = document.getElementById(`tab-${name}-button`);
+    if (tab) return tab;
+    const place = Object.keys(screens).filter((key) => key !== 'header').indexOf(name);  // in the order of the tabs
+    const titles = [...document.querySelectorAll('#g-tabs .tab-container.visually-hidden button')];
+    const menu = [...document.querySelectorAll('#g-tabs .overflow-dropdown button')];
+    return titles[place] && menu.find((item) => item.textContent.trim() === titles[place].textContent.trim());
+  }
+
   function open() {
     const there = where();
     if (!screens[there.screen] || there.screen === 'header') return;
-    const tab = document.getElementById(`tab-${there.screen}-button`);
+    const tab = tabOf(there.screen);
     if (tab && tab.getAttribute('aria-selected') !== 'true') tab.click();
     else if (there.screen === shown) call(shown, 'show', there.args);
   }
