@@ -118,7 +118,7 @@ def estimate(found: Measured | None, config: RunConfig, test: int, validation: i
     if pictures == passes == 1:
         note = f"From {found.name}, which had the same models and sizes."
     else:
-        before, after = (f"{size['pictures']:g} pictures x {size['passes']:g} passes" for size in (found.sizes, now))
+        before, after = (f"{size['pictures']:,} pictures x {size['passes']:,} passes" for size in (found.sizes, now))
         note = f"Scaled from {found.name} in proportion ({before} a step there, {after} here): a rough guide."
     if found.picture is None:
         return answer | {"total": None, "note": f"{note} How long its evaluations take is not known."}

@@ -198,7 +198,9 @@ def import_work(store: Store, file: Path, *, again: bool) -> Callable[[Job], Non
             job.progress(done, total, "Taking in pictures", "pictures")
 
         try:
-            job.run_id = read_bundle(store, file, again=again, progress=progress)
+            job.run_id = read_bundle(
+                store, file, again=again, name_suffix=" (copy)" if again else "", progress=progress
+            )
         except BundleError as error:
             # Where the upload lies is nobody's business, and a page has a box where the command line has a flag.
             sentence = str(error).replace(str(file), file.name)

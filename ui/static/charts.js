@@ -191,4 +191,5 @@
   }
 
   grpo.chart = (host, options) => new Chart(host, options);
+  grpo.chart.load = plotly;  // for a screen that will need a chart as soon as its data is there
 })();

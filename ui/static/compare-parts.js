@@ -62,17 +62,18 @@
       const axis = ticks(low, high);
       const grid = () => axis.found.map((value) => h('line', { x1: at(value), x2: at(value), y1: 0, y2: '100%', class: value === 0 ? 'g-compare-zero' : 'g-compare-tickline' }));
       const places = this.of === 'judge' ? 3 : 2;
-      this.rows.replaceChildren(...found.flatMap(([run, gain]) => {
+      const row = (...cells) => h('div', { class: 'g-compare-gain' }, cells);
+      this.rows.replaceChildren(...found.map(([run, gain]) => {
         const color = grpo.color(run.number);
-        if (!gain) return [named(run), h('span', { class: 'g-faint g-small' }, run.active ? 'measured when the run ends' : 'not measured'), h('span')];
+        if (!gain) return row(named(run), h('span', { class: 'g-faint g-small' }, run.active ? 'measured when the run ends' : 'not measured'), h('span'));
         const text = `${grpo.signed(gain.mean, places)}${gain.low === null ? '' : ` (${grpo.signed(gain.low, places)} to ${grpo.signed(gain.high, places)})`}`;
         const label = `${run.name}: ${text}, ${gain.n} prompts`;
-        return [named(run), h('svg', { class: 'g-compare-strip', role: 'img', 'aria-label': label }, grid(),
+        return row(named(run), h('svg', { class: 'g-compare-strip', role: 'img', 'aria-label': label }, grid(),
           gain.low === null ? null : h('line', { x1: at(gain.low), x2: at(gain.high), y1: '50%', y2: '50%', stroke: color, 'stroke-width': 2 }),
           gain.low === null ? null : [gain.low, gain.high].map((end) => h('line', { x1: at(end), x2: at(end), y1: '32%', y2: '68%', stroke: color, 'stroke-width': 2 })),
           h('circle', { cx: at(gain.mean), cy: '50%', r: 5, fill: color })),
-        h('span', { class: 'g-number' }, text, h('span', { class: 'g-faint g-small' }, ` n ${gain.n}`))];
-      }), h('span'), h('span', { class: 'g-compare-axis', 'aria-hidden': 'true' }, axis.found.map((value) => h('span', { style: { left: at(value) } }, grpo.signed(value, axis.places)))), h('span'));
+        h('span', { class: 'g-number' }, text, h('span', { class: 'g-faint g-small' }, ` n ${gain.n}`)));
+      }), row(h('span'), h('span', { class: 'g-compare-axis', 'aria-hidden': 'true' }, axis.found.map((value) => h('span', { style: { left: at(value) } }, grpo.signed(value, axis.places)))), h('span')));
       const level = [...new Set(found.map(([run]) => run.confidence).filter(Boolean))].map((value) => grpo.percent(value)).join(' or ');
       grpo.text(this.note, `Mean paired gain of the ${this.of} on held-out prompts with its ${level} interval (bootstrap over prompts). An interval across 0 is no evidence of a gain.`);
     }
@@ -106,9 +107,9 @@
       if (key !== this.key) return;
       grpo.fill(this.body, told.rows.length
         ? h('table', { class: 'g-table' }, h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, 'Setting'), runs.map((run) => h('th', { scope: 'col' }, named(run))))),
-          h('tbody', {}, told.rows.map(({ name, help, values }) => h('tr', {}, h('th', { scope: 'row', class: 'g-mono', title: help }, name), values.map((value) => h('td', { title: value.length > 60 ? value : null }, value.length > 60 ? `${value.slice(0, 59)}\u2026` : value))))))
+          h('tbody', {}, told.rows.map(({ name, help, values }) => h('tr', {}, h('th', { scope: 'row' }, h('span', { class: 'g-mono' }, name), h('span', { class: 'g-quiet g-small' }, help)), values.map((value) => h('td', { title: value.length > 60 ? value : null }, value.length > 60 ? `${value.slice(0, 59)}\u2026` : value))))))
         : h('p', { class: 'g-quiet' }, 'The chosen runs have the same settings.'));
-      grpo.text(this.note, `${told.same} settings are the same${told.rows.length ? '; hold the pointer over a name to read what it means.' : '.'}`);
+      grpo.text(this.note, `${told.same} settings are the same.`);
     }
   }
 

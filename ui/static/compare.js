@@ -78,6 +78,7 @@
   }
 
   function mount(root) {
+    grpo.chart.load().catch(() => undefined);  // beside the first questions; a chart that needs it tells of a failure
     const empty = h('div', { hidden: true }, grpo.empty('No runs yet', 'Start two runs that differ in one setting; their curves, gains and pictures stand here side by side.',
       grpo.button('Set up a run', () => grpo.go('train'), { kind: 'primary' })));
     const content = h('div', { class: 'g-stack' });
@@ -97,7 +98,7 @@
         h('button', { type: 'button', class: 'g-icon', 'aria-label': `Leave out ${run.name}`, onclick: () => grpo.attempt(null, () => { choose(chosen.filter((id) => id !== run.id)); return draw(); }) }, grpo.icon('close')))));
     };
     const curves = grpo.compare.curves(results);
-    const pair = h('div', { class: 'g-grid' });
+    const pair = h('div', { class: 'g-grid g-compare-pair' });
     results.append(pair);
     const gains = grpo.compare.gains(pair), settings = grpo.compare.settings(pair);
     const pictures = grpo.compare.pictures(results, { onPrompt: (id) => { prompt = id; note(); } });

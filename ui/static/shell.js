@@ -87,7 +87,7 @@
       visible = now;
       if (now) {
         const there = where();
-        if (restoring && there.screen !== name && document.getElementById(`tab-${there.screen}-button`)) return;  // open() is on its way elsewhere
+        if (restoring && there.screen !== name && screens[there.screen]) return;  // open() is on its way elsewhere
         shown = name;
         if (there.screen !== name) history.replaceState(null, '', address(name, {}));
         call(name, 'show', there.screen === name ? there.args : {});
@@ -135,13 +135,17 @@
   }
 
   window.addEventListener('hashchange', open);
-  const settled = setInterval(() => {  // Gradio builds its tabs after our scripts ran
+  const PATIENCE = 15000;  // ms
+  let since = 0;
+  const settled = setInterval(() => {  // Gradio builds its tabs after our scripts ran, and listens later still
     if (!document.getElementById('tab-train-button')) return;
-    open();
-    const tab = document.getElementById(`tab-${where().screen}-button`);
-    if (tab && tab.getAttribute('aria-selected') !== 'true') return;  // the tabs are there, but do not listen yet
-    restoring = false;
-    clearInterval(settled);
+    since = since || Date.now();
+    const wanted = where().screen;
+    const arrived = !screens[wanted] || wanted === 'header' || shown === wanted;
+    if (arrived || Date.now() - since > PATIENCE) {
+      restoring = false;
+      clearInterval(settled);
+    } else open();
   }, 30);
 
   // -- the header -------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@
       if (!line) lines.set(id, line = newLine(id));
       if (parts.runs.children[index] !== line.node) parts.runs.insertBefore(line.node, parts.runs.children[index] || null);
       grpo.text(line.name, run.name);
-      line.recorded.hidden = !run.recorded;
+      grpo.fill(line.recorded, run.recorded ? recorded() : null);
       grpo.fill(line.state, grpo.state(run.state));
       line.remove.disabled = run.active;
       line.remove.title = run.active ? `The run is ${run.state}: stop it before deleting it` : 'Delete the run';
@@ -80,9 +80,11 @@
     drawDisk();
   }
 
+  const recorded = () => h('span', { class: 'g-chip', title: 'Imported from a bundle, such as the example that came with the program; delete it whenever you like' }, 'recorded');
+
   function newLine(id) {
-    const line = { name: h('a', { href: `#live?run=${encodeURIComponent(id)}`, title: id }), state: h('td') };
-    line.recorded = h('span', { class: 'g-chip', title: 'Imported from a bundle, such as the example that came with the program; delete it whenever you like' }, 'recorded');
+    const line = { name: h('a', { href: `#live?run=${encodeURIComponent(id)}`, title: id }), state: h('td', { class: 'g-system-state' }) };
+    line.recorded = h('span');
     line.sizes = ['pictures', 'checkpoints', 'other', 'total'].map((kind) => h('td', { class: ['g-number', kind !== 'total' && 'g-system-part'] }));
     line.take = grpo.button('Export', () => grpo.system.exportDialog(rows.get(id), uploadLimit(), beginExport), { kind: 'small' });
     line.remove = h('button', { type: 'button', class: 'g-icon' }, grpo.icon('trash'));
@@ -194,7 +196,7 @@
 
   function mount(root) {
     const runs = h('tbody'), jobList = h('ul', { class: 'g-system-list' }), queueList = h('ol', { class: 'g-system-list g-system-queue' });
-    const table = h('div', { class: 'g-scroll' }, h('table', { class: 'g-table' }, h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, 'Run'), h('th', { scope: 'col' }, 'State'),
+    const table = h('div', { class: 'g-scroll' }, h('table', { class: 'g-table' }, h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, 'Run'), h('th', { scope: 'col', class: 'g-system-state' }, 'State'),
       ['Pictures', 'Checkpoints', 'Other', 'Total'].map((label) => h('th', { scope: 'col', class: ['g-number', label !== 'Total' && 'g-system-part'] }, label)), h('th', { scope: 'col' }, h('span', { class: 'g-system-hidden' }, 'Actions')))), runs));
     parts = {
       runs, table, jobs: jobList, queue: queueList, disk: h('span', { class: 'g-quiet g-small' }),

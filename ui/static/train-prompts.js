@@ -13,13 +13,14 @@
   grpo.trainPrompts = (desk) => {
     let sets = [], shown = null, about = null;
     const drafts = {};  // set -> edited rows that are not saved
-    const pick = h('select', { class: 'g-select', id: 'g-train-prompts', onchange: () => desk.set('data.prompts', pick.value) });
+    const pick = h('select', { class: 'g-select', id: 'g-train-prompts', onchange: () => { refusal = ''; desk.set('data.prompts', pick.value); } });
     const table = h('div', { class: 'g-train-counts' });
     const report = h('details', { class: 'g-small', hidden: true });
-    const error = h('p', { class: 'g-error', hidden: true });
+    const error = h('p', { class: 'g-error g-train-problems', hidden: true });
+    let refusal = '';  // of an upload or of reading the set; it stays until another set is chosen
     const file = h('input', { type: 'file', accept: '.jsonl,.txt,.csv', hidden: true, 'aria-label': 'Prompt file', onchange: () => upload() });
     const edit = grpo.button('View and edit', () => editor(), { kind: 'small' });
-    const send = grpo.button('Upload', () => { file.value = ''; file.click(); }, { kind: 'small', glyph: 'upload', title: 'A JSONL, TXT or CSV file with one prompt a row' });
+    const send = grpo.button('Upload', () => file.click(), { kind: 'small', glyph: 'upload', title: 'A JSONL, TXT or CSV file with one prompt a row' });
     const node = h('section', { class: 'g-stack g-tight', 'aria-label': 'Prompt set' },
       h('div', { class: 'g-field' }, h('label', { for: 'g-train-prompts' }, 'Prompt set', h('button', { type: 'button', class: 'g-chip changed g-train-reset', hidden: true, onclick: () => desk.set('data.prompts', null) }, 'changed', icon('close'))), pick),
       error, table, report, h('div', { class: 'g-row' }, edit, send, file));
@@ -36,14 +37,18 @@
       pick.value = value;
     }
 
+    function tell(sentence = '') {
+      grpo.text(error, sentence || refusal);
+      error.hidden = !(sentence || refusal);
+    }
+
     async function show(sentence = '') {
       const value = desk.value('data.prompts');
       pick.value = value;
       if (pick.selectedIndex < 0) list(sets);
       chip.hidden = !desk.changed('data.prompts');
       chip.title = `Back to ${desk.base()['data.prompts']}, as in the preset`;
-      grpo.text(error, sentence);
-      error.hidden = !sentence;
+      tell(sentence);
       if (value === shown) return;
       shown = value;
       const known = sets.some((set) => set.value === value);
@@ -52,8 +57,8 @@
         about = known ? await grpo.get('train/prompts', { value }) : null;
       } catch (failure) {
         about = null;
-        grpo.text(error, failure.message);
-        error.hidden = false;
+        refusal = failure.message;
+        tell();
         edit.disabled = true;
       }
       if (value === shown) counts();
@@ -83,6 +88,8 @@
     function upload() {
       const [one] = file.files;
       if (!one) return;
+      file.value = '';  // so that the same file, mended, can be chosen again
+      refusal = '';
       grpo.attempt(send, async () => {
         try {
           if (one.size > desk.mostBytes) throw new grpo.Failure(`${one.name} has ${grpo.bytes(one.size)}; a prompt set has at most ${grpo.bytes(desk.mostBytes)}. Divide the file.`);
@@ -90,8 +97,8 @@
           chosen(answer);
           grpo.toast(`${one.name} is a prompt set now.`);
         } catch (failure) {  // a list of lines to mend: it stays until something else is chosen
-          grpo.text(error, failure.message);
-          error.hidden = false;
+          refusal = failure.message;
+          tell();
         }
       });
     }

@@ -3,7 +3,7 @@
    const side = grpo.trainSide(parts)    side.page is the whole page; its methods show what train.js has learned */
 'use strict';
 
-grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, launch, copyCommand, savePreset, reset, count, goWrong }) => {
+grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, launch, copyCommand, savePreset, reset, count, refusal }) => {
   const { h, icon } = grpo;
 
   // -- above: preset, first run, what does not fit together --------------------------------------------
@@ -144,6 +144,7 @@ grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, laun
     else grpo.text(startLabel, behind ? `Queue behind ${behind}` : 'Start');
     if (worker.engine === 'failed') grpo.text(why, worker.problem);
     else if (wrong) grpo.text(why, `${wrong === 1 ? 'One setting needs' : `${wrong} settings need`} a correction first.`);
+    else if (refusal()) grpo.text(why, 'It can\u2019t start like this: see Placement and memory.');
     else if (behind) grpo.text(why, `${mine.length === 1 ? 'One run is' : `${mine.length} runs are`} ahead of it.`);
     else if (others.length) grpo.text(why, `${others[0].name} goes on in another process; both would share this machine.`);
     else if (worker.engine === 'loading') grpo.text(why, `The engine is loading (${worker.imported}/${worker.imports}); Start works already.`);
@@ -152,7 +153,7 @@ grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, laun
   }
 
   return {
-    page, presets, top, named, cost, placement, summary, update, goWrong,
+    page, presets, top, named, cost, placement, summary, update,
     sets: () => data.sets,
     first: (offered) => { first.hidden = !offered || grpo.recall('train.first', '') === 'dismissed'; },
     focusName: () => name.focus(),

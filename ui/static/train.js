@@ -8,7 +8,7 @@
 (() => {
   const { h, icon } = grpo;
   const STORED = 'train.draft';
-  const state = { preset: null, values: {}, presets: [], problems: { fields: {}, top: [] }, starting: false, token: '', asked: 0, planned: '', seen: '' };
+  const state = { preset: null, values: {}, presets: [], problems: { fields: {}, top: [] }, starting: false, token: '', asked: 0, planned: '', plan: null, seen: '' };
   let desk = null, form = null, prompts = null, sweep = null, side = null, root = null, building = null, waiting = null;
 
   // -- what is asked for ------------------------------------------------------------------------------
@@ -58,11 +58,18 @@
 
   function judged() {
     const { fields, top } = state.problems;
-    form.problems(fields);
+    const { problem = '', field = '' } = (state.planned === planKey() && state.plan) || {};
+    form.problems(problem && desk.field(field) ? { [field]: problem, ...fields } : fields);
     prompts.show(fields['data.prompts'] || '');
     side.named(fields['recording.name'] || '');
     side.top(top);
     side.update();
+  }
+
+  /* What a plan depends on: everything but the run's name. */
+  function planKey() {
+    const { 'recording.name': ignored, ...values } = state.values;
+    return JSON.stringify([state.preset, values]);
   }
 
   /* Devices and memory; only the imported engine can say. */
@@ -71,15 +78,15 @@
       side.placement(null);
       return;
     }
-    const asked = desk.asked();
-    const { 'recording.name': ignored, ...values } = asked.values;
-    const key = JSON.stringify([asked.preset, values]);
+    const key = planKey();
     if (key === state.planned) return;
     try {
-      const answer = await grpo.post('train/plan', asked);
+      const answer = await grpo.post('train/plan', desk.asked());
       if (mine !== state.asked || answer.state !== 'ready') return;
       state.planned = key;
+      state.plan = answer;
       side.placement(answer);
+      judged();
     } catch (error) {
       if (mine === state.asked) side.placement({ problem: error.message, models: [], devices: [], notes: [] });
     }
@@ -181,7 +188,7 @@
     form = grpo.trainForm(data.fields, (name, value) => desk.set(name, value));
     prompts = grpo.trainPrompts(desk);
     sweep = grpo.trainSweep(desk);
-    side = grpo.trainSide({ desk, state, data, prompts, sweep, form, choose, start, launch, copyCommand, savePreset, reset, count, goWrong });
+    side = grpo.trainSide({ desk, state, data, prompts, sweep, form, choose, start, launch, copyCommand, savePreset, reset, count, refusal: () => (state.planned === planKey() && state.plan && state.plan.problem) || '' });
     root.replaceChildren(side.page);
     side.presets();
     prompts.list(data.sets);
