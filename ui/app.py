@@ -139,7 +139,6 @@ def _shell(context: Context) -> APIRouter:
     @router.get("/pulse")
     def pulse() -> Response:
         """One small answer a second for every watching page."""
-        context.worker.warm_up()
         runs = [
             {"id": run.id, "name": run.name, "number": run.number, "state": run.state, "step": run.step,
              "total": run.total_steps}

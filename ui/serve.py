@@ -46,7 +46,6 @@ def _serve(store: Store, login: tuple[str, str] | None, options: argparse.Namesp
     from .worker import Worker
 
     store.interrupt_stale()
-    first_start(store)
     local = options.host in ("127.0.0.1", "localhost", "::1")
     worker = Worker(store)
     app = build_app(store, worker, login, any_host=not local or options.share)
@@ -65,6 +64,8 @@ def _serve(store: Store, login: tuple[str, str] | None, options: argparse.Namesp
             print(f"Shared at {_share(port)}", flush=True)
         if not options.no_browser and _has_screen():
             webbrowser.open(address)
+        threading.Event().wait(0.5)  # the first page goes first, then the example, then the engine's imports
+        first_start(store)
         worker.warm_up()
 
     threading.Thread(target=announce, daemon=True).start()

@@ -14,6 +14,9 @@
   let parts = null;
   let asking = null;
 
+  const prepare = () => grpo.chart.load().catch(() => undefined);  // before the data is there; a chart that needs it tells of a failure
+  if (location.hash.startsWith('#compare')) prepare();
+
   const picked = () => chosen.map((id) => rows.get(id));
 
   /* What changed since the last look, into `rows`; runs that are gone leave the choice. */
@@ -78,7 +81,7 @@
   }
 
   function mount(root) {
-    grpo.chart.load().catch(() => undefined);  // beside the first questions; a chart that needs it tells of a failure
+    prepare();
     const empty = h('div', { hidden: true }, grpo.empty('No runs yet', 'Start two runs that differ in one setting; their curves, gains and pictures stand here side by side.',
       grpo.button('Set up a run', () => grpo.go('train'), { kind: 'primary' })));
     const content = h('div', { class: 'g-stack' });
