@@ -476,7 +476,7 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            sentence = f"There is no setting {field!r}{_suggest(field)}."
+            sentence = f"There is no setting {field!r}{_suggest(field)}"
         elif problem["type"] == "value_error":
             sentence = f"{field + ': ' if field else ''}{problem['ctx']['error']}."
         else:
@@ -495,4 +495,4 @@ def _suggest(field: str) -> str:
     known = list(flatten(RunConfig().model_dump(mode="json")))
     close = [name for name in known if name.rsplit(".", 1)[-1] == field.rsplit(".", 1)[-1]]
     close = close or difflib.get_close_matches(field, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -38,7 +38,9 @@
   }
 
   function note() {
-    grpo.note('compare', { runs: chosen.length ? chosen.join(',') : 'none', prompt: chosen.length ? prompt : '' });
+    const now = { runs: chosen.length ? chosen.join(',') : 'none', prompt: chosen.length ? prompt : '' };
+    const { screen, args } = grpo.where();
+    if (screen !== 'compare' || args.runs !== now.runs || (args.prompt || '') !== now.prompt) grpo.note('compare', now);
   }
 
   /* Everything on screen from what is known; parts ask for what they lack, the curves first. */
