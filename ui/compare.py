@@ -201,8 +201,9 @@ def _curves(
     points: dict[str, dict[str, Any]] = {}
     state: dict[str, dict[str, int]] = {}
     anew: list[str] = []
+    needed = list(dict.fromkeys([*metrics, *(["seconds"] if axis == "minutes" else [])]))
     for run in runs:
-        found = store.binned_metrics(run.id, list(dict.fromkeys([*metrics, "seconds"])), stop=run.step, bins=BINS)
+        found = store.binned_metrics(run.id, needed, stop=run.step, bins=BINS)
         for metric in metrics:
             bins = found[metric]
             x, y = curve_points(bins, found["seconds"] if axis == "minutes" else None)
