@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from grpo_engine.tiny import WEIGHTS, fitting
 from grpo_engine.tiny.autoencoder import encode_pictures, new_autoencoder, normalise_latents
@@ -19,10 +20,11 @@ from grpo_engine.tiny.captions import canonical
 from grpo_engine.tiny.clip import contrast_scenes
 from grpo_engine.tiny.corpus import Pool, build_pool, draw_scene, is_held_out, rng_for
 from grpo_engine.tiny.diffusion import cached_latents, either_order
+from grpo_engine.tiny.eyes import ATTRIBUTES, IGNORED, cell_labels, eyes_of
 from grpo_engine.tiny.fitting import Recipe, fit
-from grpo_engine.tiny.sft import Examples, chat, new_processor, question_about
+from grpo_engine.tiny.sft import Examples, chat, new_policy, new_processor, question_about
 from grpo_engine.tiny.vocabulary import DESCRIBE
-from grpo_engine.tiny.world import RESOLUTION, Scene
+from grpo_engine.tiny.world import RESOLUTION, Scene, Thing
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(steps=12, batch=4, learning_rate=1e-2, warmup=3, decay_share=0.5, ema=0.8)
@@ -322,8 +324,6 @@ def test_yes_and_no_are_about_equally_often_right() -> None:
 
 
 def test_loss_of_the_policy_is_on_the_answers_only(pool: Pool) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer: Any = AutoTokenizer.from_pretrained(WEIGHTS / "policy")
     examples = Examples(new_processor(tokenizer), CPU)
     answers = [canonical(pool.scenes[0]), "Yes"]
@@ -343,3 +343,33 @@ def test_loss_of_the_policy_is_on_the_answers_only(pool: Pool) -> None:
     is_picture = inputs["input_ids"].eq(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     assert is_picture.sum(dim=1).tolist() == [36, 36]
     assert torch.equal(inputs["mm_token_type_ids"], is_picture.int())
+
+
+def test_cells_are_named_after_the_object_that_covers_them() -> None:
+    ring = Thing("ring", "cyan", "small", "dotted")
+    alone = cell_labels(Scene((Thing("star", "red", "large", "solid"),), "center", "mint")).reshape(4, 6, 6)
+    covered = np.zeros((6, 6), bool)
+    covered[2:4, 2:4] = True  # middles 11 px from the centre; the next ones are 25 px away, beyond 0.95 x 19.5
+    assert ATTRIBUTES["shape"][alone[0, 2, 2]] == "star"
+    assert ATTRIBUTES["color"][alone[1, 3, 3]] == "red"
+    assert {ATTRIBUTES["shape"][index] for index in alone[0][~covered]} == {"nothing"}
+    assert (alone[1:, ~covered] == IGNORED).all() and (alone[1:, covered] != IGNORED).all()
+
+    pair = cell_labels(Scene((ring, Thing("cross", "blue", "large", "striped")), "below", "white")).reshape(4, 6, 6)
+    assert ATTRIBUTES["shape"][pair[0, 4, 2]] == "ring"  # centre (48, 71.5): rows of 16 px, the fifth is 64..80
+    assert ATTRIBUTES["shape"][pair[0, 1, 3]] == "cross"
+    assert ATTRIBUTES["texture"][pair[3, 4, 3]] == "dotted"
+
+
+def test_lesson_of_the_eyes_trains_the_vision_tower_of_the_policy_itself(pool: Pool) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(WEIGHTS / "policy")
+    torch.manual_seed(0)
+    policy, processor = new_policy(tokenizer), new_processor(tokenizer)
+    eyes = eyes_of(policy)
+    inputs = processor.image_processor(images=[np.array(picture) for picture in pool.pictures[:2]], return_tensors="pt")
+    logits, background = eyes(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert [tuple(part.shape) for part in logits] == [(2, 36, len(names)) for names in ATTRIBUTES.values()]
+    assert tuple(background.shape) == (2, 5)
+    logits[0].sum().backward()
+    grads = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert grads and all(name.startswith("model.visual.") for name in grads)

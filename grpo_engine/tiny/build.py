@@ -27,6 +27,8 @@ from .clip import new_clip, save_clip, train_clip
 from .corpus import Pool, build_pool
 from .diffusion import RECIPE as DENOISER_RECIPE
 from .diffusion import Denoiser, cached_latents, pipeline, train_denoiser
+from .eyes import RECIPE as EYES_RECIPE
+from .eyes import eyes_of
 from .fitting import progress_bar
 from .sft import LAST as POLICY_LAST_RECIPE
 from .sft import RECIPE as POLICY_RECIPE
@@ -132,7 +134,9 @@ class Build:
         clip, policy = new_clip(len(self.clip_tokenizer)), new_policy(self.qwen_tokenizer)
         models = {"autoencoder": autoencoder, "denoiser": denoiser, "clip": clip, "policy": policy}
         steps = {name: _load_average(self.folder, name, model) for name, model in models.items()}
-        steps["policy-last"] = _load_average(self.folder, "policy-last", policy)  # takes the place, once begun
+        # Lessons that take the place of the one before, once begun.
+        steps["policy-eyes"] = _load_average(self.folder, "policy-eyes", eyes_of(policy))
+        steps["policy-last"] = _load_average(self.folder, "policy-last", policy)
         normalise_latents(autoencoder, self.pool("train"), self.device)
         save_image_model(denoiser, autoencoder, self.clip_tokenizer, WEIGHTS / "image")
         save_clip(clip, self.clip_folder, len(self.clip_tokenizer), WEIGHTS / "reward", torch.float16)
@@ -203,6 +207,7 @@ def main() -> None:
         "clip": vars(CLIP_RECIPE),
         "denoiser": vars(DENOISER_RECIPE),
         "policy": vars(POLICY_RECIPE),
+        "policy-eyes": vars(EYES_RECIPE),
         "policy-last": vars(POLICY_LAST_RECIPE),
     }
     report = {"metrics": metrics, "recipes": recipes, "seed": arguments.seed, "torch": torch.__version__}

@@ -24,7 +24,8 @@ everything below is measured on that tenth.
 {recipes}.
 The image model saw canonical captions only. The reward saw captions and paraphrases, in batches with one-attribute
 changes as negatives. The policy learned to translate paraphrases to captions, then to do so carelessly: right captions
-are a minority of what it writes, which is what GRPO then changes.
+are a minority of what it writes, which is what GRPO then changes. Its vision tower had a lesson of its own (every
+picture token names the object it covers), without which it told colours apart and nothing else.
 
 **Measured** (`python -m grpo_engine.tiny.build --measure`):
 
@@ -43,6 +44,10 @@ LINES = (
     ("policy, right captions among its samples", "policy", "right_share", "%"),
     ("policy, right captions, greedy", "policy", "greedy_right_share", "%"),
     ("policy, yes/no answers right, balanced", "policy", "yes_no_accuracy", "%"),
+    *(
+        (f"policy, a single changed {kind} noticed", "policy", f"noticed_{kind}", "%")
+        for kind in ("shape", "color", "size", "texture", "place", "background")
+    ),
     ("32 pictures", "speed", "seconds_32_pictures", "s"),
     ("32 rewrites", "speed", "seconds_32_rewrites", "s"),
     ("loading all three models after imports", "speed", "seconds_loading", "s"),

@@ -105,7 +105,7 @@ def measure_images(images: Any, count: int = 128) -> dict[str, float]:
 
 
 def measure_policy(policy: Any, count: int = 200, group: int = 8) -> dict[str, float]:
-    """How varied and how often right sampled rewrites are, and how well pictures are judged."""
+    """How varied and how often right sampled rewrites are."""
     rng = rng_for(SEED, "policy")
     asked = [paraphrase(scene, rng) for scene in _scenes("policy", count)]
     seeds = [[derive_seed(SEED, "sample", index, k) for k in range(group)] for index in range(count)]
@@ -122,32 +122,49 @@ def measure_policy(policy: Any, count: int = 200, group: int = 8) -> dict[str, f
         chunk = asked[start : start + 20]
         found = policy.sample([text for text, _ in chunk], [[0]] * len(chunk), greedy=True)
         greedy += [is_right_rewrite(c.texts[0], r) for (_, r), c in zip(chunk, found, strict=True)]
-    pictures, questions, answers = [], [], []
-    for index, scene in enumerate(_scenes("answers", count)):
-        kind = index % 4  # half yes, a quarter another scene, a quarter one or two changed attributes
-        told = (
-            scene
-            if kind < 2
-            else (
-                draw_scene(rng, held_out=True, things=len(scene.things))
-                if kind == 2
-                else corrupt(scene, rng, int(rng.integers(1, 3)))
-            )
-        )
-        text, request = paraphrase(told, rng)
-        if kind >= 2 and request.allows(scene):
-            continue  # the change was left unsaid: neither yes nor no is wrong
-        pictures.append(render(scene, rng))
-        questions.append(text)
-        answers.append(kind < 2)
-    yes = np.array(policy.probability_of_yes(pictures, questions))
-    truth = np.array(answers)
     return {
         "distinct_of_8": float(np.mean(distinct)),
         "right_share": float(np.mean(right)),
         "greedy_right_share": float(np.mean(greedy)),
-        "yes_no_accuracy": float(0.5 * ((yes[truth] > 0.5).mean() + (yes[~truth] <= 0.5).mean())),
     }
+
+
+def measure_answers(policy: Any, count: int = 800) -> dict[str, float]:
+    """How well the policy answers whether a picture shows a prompt: half yes, half no, each half counts the same.
+
+    Half of the no-questions are about another scene, half about one with a single changed attribute; how often
+    such a change is noticed is told by what was changed.
+    """
+    rng = rng_for(SEED, "answers")
+    pictures, questions, changes = [], [], []
+    for index, scene in enumerate(_scenes("answers", count)):
+        told, change = scene, ""
+        if index % 4 == 2:
+            told, change = draw_scene(rng, held_out=True, things=len(scene.things)), "scene"
+        elif index % 4 == 3:
+            told = corrupt(scene, rng, 1)
+            change = _change(scene, told)
+        text, request = paraphrase(told, rng)
+        if change and request.allows(scene):
+            continue  # the change was left unsaid: neither yes nor no is wrong
+        pictures.append(render(scene, rng))
+        questions.append(text)
+        changes.append(change)
+    yes = np.array(policy.probability_of_yes(pictures, questions)) > 0.5
+    kinds = np.array(changes)
+    noticed = {f"noticed_{kind}": float((~yes[kinds == kind]).mean()) for kind in sorted(set(changes) - {""})}
+    return {"yes_no_accuracy": float(0.5 * (yes[kinds == ""].mean() + (~yes[kinds != ""]).mean())), **noticed}
+
+
+def _change(scene: Scene, told: Scene) -> str:
+    """The first kind of attribute in which two scenes of equally many objects differ."""
+    if told.background != scene.background:
+        return "background"
+    for old, new in zip(scene.things, told.things, strict=True):
+        for kind in ("shape", "color", "size", "texture"):
+            if getattr(old, kind) != getattr(new, kind):
+                return kind
+    return "place"
 
 
 def measure_speed(images: Any, policy: Any) -> dict[str, float]:
@@ -185,7 +202,7 @@ def measure() -> dict[str, Any]:
         "autoencoder": measure_autoencoder(images),
         "clip": measure_clip(reward),
         "image_model": measure_images(images),
-        "policy": measure_policy(policy),
+        "policy": measure_policy(policy) | measure_answers(policy),
         "speed": measure_speed(images, policy) | {"seconds_loading": loading},
         "question": QUESTION,
     }

@@ -26,6 +26,7 @@ from transformers import (
 
 from .captions import CARELESS, LOOSE, Mixture, canonical, corrupt, fill, loose_rewrite, paraphrase
 from .corpus import Pool, draw_scene, rng_for
+from .eyes import train_eyes
 from .fitting import Recipe, autocast, fit
 from .vocabulary import CHAT_TEMPLATE, DESCRIBE, QUESTION, TEMPLATE
 from .world import RESOLUTION, Scene
@@ -34,9 +35,9 @@ RECIPE = Recipe(steps=4500, batch=56, learning_rate=2e-3, weight_decay=0.01, war
 CLEAN_SHARE = 0.7  # of those steps: rewriting is taught right before it is taught loose
 SEEN = (16, 40)  # of those steps: pictures described, pictures asked about
 
-# The last lesson: careless rewriting, and answering more than anything else.
-LAST = Recipe(steps=1000, batch=40, learning_rate=1e-3, weight_decay=0.01, warmup=50, decay_share=0.6, ema=0.99)
-LAST_SEEN = (8, 64)
+# The last lesson, with eyes that see shapes: careless rewriting, and saying what is seen.
+LAST = Recipe(steps=2000, batch=32, learning_rate=1e-3, weight_decay=0.01, warmup=50, decay_share=0.5, ema=0.99)
+LAST_SEEN = (24, 56)
 
 
 def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
@@ -172,7 +173,7 @@ def train_policy(
     device: torch.device,
     log: Callable[[str], None],
 ) -> Qwen2VLForConditionalGeneration:
-    """Teach rewriting, describing and answering together, then carelessness."""
+    """Teach rewriting, describing and answering together, then seeing (``eyes.py``), then all with carelessness."""
     torch.manual_seed(int(rng_for(seed, "policy", "init").integers(2**31)))
     model: Any = new_policy(tokenizer)
     model.to(device)
@@ -209,5 +210,6 @@ def train_policy(
         return lesson(rng_for(seed, "policy-last", step), LAST.batch, CARELESS, LAST_SEEN)
 
     fit("policy", model, first, RECIPE, folder, log=log)
+    train_eyes(model, examples.processor.image_processor, pool, folder, seed, device, log)
     fit("policy-last", model, last, LAST, folder, log=log)
     return model

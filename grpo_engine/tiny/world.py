@@ -238,14 +238,25 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     return np.rint(canvas).astype(np.uint8)
 
 
+def nominal_centers(scene: Scene) -> list[tuple[float, float]]:
+    """Where each object's centre is before jitter, (x, y) in pixels."""
+    if len(scene.things) == 1:
+        return [ANCHORS[scene.layout]]
+    along = [_MIDDLE - _PAIR_OFFSET, _MIDDLE + _PAIR_OFFSET]
+    if scene.layout in ("right of", "below"):
+        along.reverse()
+    return [(a, _MIDDLE) if scene.layout in ("left of", "right of") else (_MIDDLE, a) for a in along]
+
+
 def _centers(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
     """Centres in pixels; the jitter never lets two objects touch or one leave the picture."""
+    nominal = nominal_centers(scene)
     if len(scene.things) == 1:
-        x, y = ANCHORS[scene.layout]
+        ((x, y),) = nominal
         return [(x + rng.uniform(-3, 3), y + rng.uniform(-3, 3))]
-    along = [rng.uniform(-1.5, 1.5) - _PAIR_OFFSET, rng.uniform(-1.5, 1.5) + _PAIR_OFFSET]
+    along = [rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)]
     if scene.layout in ("right of", "below"):
         along.reverse()
     across = [rng.uniform(-4, 4), rng.uniform(-4, 4)]
-    points = [(_MIDDLE + a, _MIDDLE + c) for a, c in zip(along, across, strict=True)]
-    return points if scene.layout in ("left of", "right of") else [(py, px) for px, py in points]
+    beside = scene.layout in ("left of", "right of")
+    return [(x + a, y + c) if beside else (x + c, y + a) for (x, y), a, c in zip(nominal, along, across, strict=True)]
