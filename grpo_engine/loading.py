@@ -15,6 +15,7 @@ from .environment import PureGRPOPromptEnvironment
 from .image_model import ImageModel, load_image_model
 from .placement import Placement, compute_dtype, resolve
 from .policy import PureGRPOPolicy
+from .policy_family import require_text_side
 from .prompts import PromptError, PromptSet, TokenLimit, load_prompts
 from .reward import RewardModel, load_clip_scorer
 from .seeding import derive_seed
@@ -123,8 +124,14 @@ def load_policy(config: RunConfig, device: torch.device) -> PureGRPOPolicy:
     processor = AutoProcessor.from_pretrained(folder)
     dtype = compute_dtype(settings.dtype, device)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    model = model.to(device)
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(
+            f"models.policy.path is {settings.path!r}, which has no chat template; use an instruct model."
+        )
+    require_text_side(model, getattr(processor, "tokenizer", processor), settings.path)
     seed = derive_seed(config.seed, "adapter")
-    return PureGRPOPolicy(model.to(device), processor, settings, config.sampling, seed=seed, path=settings.path)
+    return PureGRPOPolicy(model, processor, settings, config.sampling, seed=seed, path=settings.path)
 
 
 def load_images(config: RunConfig, device: torch.device) -> ImageModel:

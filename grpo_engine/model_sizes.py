@@ -22,7 +22,7 @@ import torch
 
 from .config import RunConfig
 from .loading import model_folder, reward_name
-from .policy import ADAPTER_LAYERS
+from .policy_family import ADAPTER_LAYERS
 
 Source = Literal["files", "configuration", "published"]
 CHAT_TOKENS = 32  # markup of a chat template around one message

@@ -7,7 +7,6 @@ There is no second copy of the weights unless all of them are trained.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,14 +17,18 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from .config import PolicyModelConfig, SamplingConfig
+from .policy_family import (
+    adapter_layers,
+    end_tokens,
+    forget_pictures,
+    language_model,
+    position_rows,
+    shaped,
+    suppressed_tokens,
+)
 from .rollout import Completions, Picture
 from .sampler import draw, entropy_of, pad_kept, truncate, truncated_logprobs
 from .seeding import seeded_initialization, uniforms
-
-ADAPTER_LAYERS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
 
 Poll = Callable[[], None]
 """Called often during long work; raises to stop it."""
@@ -61,8 +64,9 @@ class PureGRPOPolicy:
         self.processor_path = path
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device: torch.device = next(model.parameters()).device
-        self.end_tokens = _end_tokens(model, self.tokenizer)
-        self.suppressed = _suppressed(model, self.tokenizer, self.end_tokens).to(self.device)
+        self.end_tokens = end_tokens(model, self.tokenizer)
+        self.suppressed = suppressed_tokens(model, self.tokenizer, self.end_tokens).to(self.device)
+        self._rows = position_rows(model)
         self._full_reference: nn.Module | None = None
         model.requires_grad_(False)
         if config.adapter == "lora":
@@ -167,6 +171,7 @@ class PureGRPOPolicy:
         prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
         randoms = uniforms([seed for group in seeds for seed in group], limit).to(self.device)
         ids, mask, positions = _left_padded(prompt_ids, self._pad_token, self.device)
+        positions = shaped(positions, self._rows)
         base, rows = self._base, len(prompts) * size
         poll()
         output = base.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
@@ -201,7 +206,7 @@ class PureGRPOPolicy:
             output = base.model(
                 input_ids=token.unsqueeze(1),
                 attention_mask=mask,
-                position_ids=(lengths + step).view(1, rows, 1).expand(3, rows, 1),
+                position_ids=shaped((lengths + step).unsqueeze(1), self._rows),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -291,8 +296,9 @@ class PureGRPOPolicy:
         rows, width = tokens.shape
         length = len(prompt_ids)
         prompt = prompt_ids.to(self.device).unsqueeze(0)
-        positions = torch.arange(length + width, device=self.device)
-        output = self._base.model(input_ids=prompt, position_ids=positions[:length].expand(3, 1, -1), use_cache=True)
+        positions = torch.arange(length + width, device=self.device).unsqueeze(0)
+        begin = shaped(positions[:, :length], self._rows)
+        output = self._base.model(input_ids=prompt, position_ids=begin, use_cache=True)
         first = output.last_hidden_state[:, -1:].expand(rows, -1, -1)
         if width == 1:
             return first
@@ -301,7 +307,7 @@ class PureGRPOPolicy:
         output = self._base.model(
             input_ids=tokens[:, :-1],  # nothing follows the last one
             attention_mask=torch.cat([mask.new_ones(rows, length), mask[:, :-1]], dim=1).long(),
-            position_ids=positions[length:-1].expand(3, rows, -1),
+            position_ids=shaped(positions[:, length:-1].expand(rows, -1), self._rows),
             past_key_values=cache,
             use_cache=True,
         )
@@ -313,7 +319,7 @@ class PureGRPOPolicy:
         prompt = prompt_ids.to(self.device).expand(rows, -1)
         ids = torch.cat([prompt, tokens], dim=1)
         attention = torch.cat([torch.ones_like(prompt), mask.long()], dim=1)
-        positions = torch.arange(ids.shape[1], device=self.device).expand(3, rows, -1)
+        positions = shaped(torch.arange(ids.shape[1], device=self.device).expand(rows, -1), self._rows)
         output = self._base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
         start = len(prompt_ids) - 1  # the hidden state that predicts the first completion token
         return output.last_hidden_state[:, start : start + width]
@@ -330,69 +336,19 @@ class PureGRPOPolicy:
             text = self._chat_text([{"type": "image"}, {"type": "text", "text": question}])
             inputs = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.device)
             hidden = self._base.model(**inputs).last_hidden_state[:, -1]
-            self._base.model.rope_deltas = None  # a cached offset of this picture must not reach text-only calls
+            forget_pictures(self._base)  # the offset of this picture must not reach text-only calls
             logits = self._base.lm_head(hidden).float()[0]
             out.append(float(torch.sigmoid(logits[yes] - logits[no])))
         return out
 
 
-def language_model(model: Any) -> nn.Module:
-    """The text part of a vision-language model (everything but the vision tower), or the model itself."""
-    inner = getattr(model, "model", model)
-    return getattr(inner, "language_model", inner)
-
-
-def adapter_layers(model: nn.Module, targets: str) -> list[str]:
-    """Full names of the linear layers that get an adapter: the language model's, never the vision tower's.
-
-    Raises:
-        ValueError: if the model has no layer of those names.
-    """
-    pattern = re.compile(rf"(.*\.)?({'|'.join(ADAPTER_LAYERS[targets])})")
-    inside = {id(module) for module in language_model(model).modules()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and pattern.fullmatch(name) and id(module) in inside
-    ]
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no layers named {', '.join(ADAPTER_LAYERS[targets])} outside its vision "
-            "tower; train it with models.policy.adapter=full."
-        )
-    return names
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def _suppressed(model: Any, tokenizer: Any, end_tokens: Sequence[int]) -> Tensor:
-    """bool (V,): every special token except the end tokens, and rows of the table beyond the vocabulary.
-
-    A sampled vision placeholder would make the model look for a picture that is not there.
-    """
-    size = model.get_output_embeddings().weight.shape[0]
-    suppressed = torch.zeros(size, dtype=torch.bool)
-    suppressed[len(tokenizer) :] = True
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-    config = model.config
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        special.add(getattr(config, name, None))
-    suppressed[[i for i in special if i is not None and i < size]] = True
-    suppressed[list(end_tokens)] = False
-    return suppressed
-
-
 def _left_padded(rows: Sequence[Tensor], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (P, L), mask (P, L) and positions (3, P, L) with all rows ending together."""
+    """Token ids, mask and positions, each (P, L), with all rows ending together."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, width - len(row) :] = row
         mask[index, width - len(row) :] = 1
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0).expand(3, -1, -1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return ids.to(device), mask.to(device), positions.to(device)

@@ -374,7 +374,7 @@ def test_a_layer_saves_for_the_backward_pass_what_is_planned(
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    from grpo_engine.policy import adapter_layers
+    from grpo_engine.policy_family import adapter_layers
 
     hidden, inner, layers, rows = 128, 320, 3, 2
     text = {

@@ -23,7 +23,8 @@ from transformers import (
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.judge import CheckerJudge, VqaJudge, make_judge
 from grpo_engine.loading import model_folder
-from grpo_engine.policy import PureGRPOPolicy, adapter_layers, language_model
+from grpo_engine.policy import PureGRPOPolicy
+from grpo_engine.policy_family import adapter_layers, language_model
 from grpo_engine.prompts import Prompt
 from grpo_engine.rollout import Completions
 from grpo_engine.sampler import truncate
