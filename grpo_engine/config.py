@@ -92,7 +92,9 @@ class PolicyModelConfig(Section):
 class ImageModelConfig(Section):
     """The text-to-image model that renders every rewrite."""
 
-    path: str = _f("tiny", "'tiny' (embedded), a folder, or a hub id of a Stable Diffusion 3 pipeline.", min_length=1)
+    path: str = _f(
+        "tiny", "'tiny' (embedded), a folder, or a hub id of a diffusers text-to-image pipeline.", min_length=1
+    )
     dtype: Dtype = _f("auto", "Number format; 'auto' is bfloat16 where the device computes it in hardware.")
     steps: int = _f(10, "Denoising steps a picture.", ge=1, le=200)
     guidance: float = _f(3.5, "Classifier-free guidance scale; 1 = off.", ge=1.0, le=30.0)
@@ -106,9 +108,37 @@ class ImageModelConfig(Section):
         advanced=True,
     )
     use_t5: bool = _f(
-        False, "Load the T5 text encoder, which reads beyond 77 tokens (9 GB in bfloat16).", advanced=True
+        False,
+        "Load the T5 text encoder of SD3 or FLUX, which reads beyond 77 tokens (9 GB in bfloat16).",
+        advanced=True,
     )
-    batch_size: int = _f(32, "Most pictures rendered at once.", ge=1, le=512, advanced=True)
+    t5_on_cpu: bool = _f(
+        False, "Keep T5 in the host's memory and encode there: 9 GB less on the GPU, seconds a new text.", advanced=True
+    )
+    batch_size: int = _f(
+        32,
+        "Most pictures rendered at once; 0 = as many of a step as the memory plan says fit. Halved where memory runs "
+        "out.",
+        ge=0,
+        le=512,
+        advanced=True,
+    )
+    decode_batch_size: int = _f(
+        0, "Most pictures decoded from their latents at once; 0 = all of a batch.", ge=0, le=512, advanced=True
+    )
+    decode_tile: int = _f(
+        0,
+        "Side in pixels of the overlapping tiles a larger picture is decoded in; 0 = whole. Seams may show faintly.",
+        ge=0,
+        le=2048,
+        multiple_of=64,
+        advanced=True,
+    )
+    compile: bool = _f(
+        False,
+        "Compile the denoiser (torch.compile): faster steps after minutes at the start, pictures differ by rounding.",
+        advanced=True,
+    )
 
 
 class RewardWeights(Section):

@@ -7,6 +7,7 @@ would make it fit: each was planned again with that setting, so the advice is as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from .placement import PLANS, Placement, available_devices, resolve
 
 GIB = 2**30
 PROCESS = 1.1 * GIB  # Python, torch, transformers, diffusers and open_clip, resident
+AUTO_SHARE = 0.85  # of the free memory that ``models.image.batch_size=0`` may fill: estimates are that good
 CUDA_CONTEXT = 0.6 * GIB  # of one process on one GPU, with cuBLAS and cuDNN
 
 
@@ -84,6 +86,7 @@ class MemoryPlan:
     """What a run needs on every device it uses, the CPU always among them."""
 
     devices: tuple[DevicePlan, ...]
+    image_batch: int  # pictures rendered at once: ``models.image.batch_size``, or what stands for its 0
     notes: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
 
@@ -222,12 +225,45 @@ def plan_memory(
     used = {"cpu", *(str(device) for device in placement.devices)}
     # To ask a GPU makes this process a user of it: the others are asked only when advice needs them.
     asked = {name: device_memory(name) for name in available_devices() if name in used} if memory is None else memory
-    plan = _planned(config, placement, head, asked, found)
+    chosen = _with_batch(config, placement, head, asked, found)
+    plan = _planned(chosen, placement, head, asked, found)
+    if chosen is not config:
+        note = f"models.image.batch_size=0 (auto) is {plan.image_batch} here."
+        plan = replace(plan, notes=(*plan.notes, note))
     if plan.fits is not False:
         return plan
+    config = chosen
     if memory is None:
         asked = {name: asked.get(name) or device_memory(name) for name in available_devices()}
     return replace(plan, advice=tuple(_advice(config, placement, head, asked, found)))
+
+
+def _with_batch(
+    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes
+) -> RunConfig:
+    """With a number in the place of ``models.image.batch_size=0``: as many pictures of a step as fit, in equal parts.
+
+    Leaves some memory free, for on a CPU nothing is raised before the system ends the process. Where a size is not
+    known, one group.
+    """
+    if config.models.image.batch_size:
+        return config
+    step = min(config.training.batch_size * config.sampling.num_rollouts, 512)
+    roomy = {name: replace(there, free=int(AUTO_SHARE * there.free)) for name, there in memory.items()}
+
+    def sized(batch: int) -> RunConfig:
+        return changed_settings(config, {"models.image.batch_size": batch})
+
+    if sizes.image is None:
+        return sized(min(config.sampling.num_rollouts, step))
+    fits, fails = 1, step + 1  # one at a time is tried whatever the plan says
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if _planned(sized(middle), placement, head, roomy, sizes).fits is False:
+            fails = middle
+        else:
+            fits = middle
+    return sized(math.ceil(step / math.ceil(step / fits)))
 
 
 def _planned(
@@ -244,12 +280,12 @@ def _planned(
         needs = [need for device, need in placed if str(device) == name]
         if name == "cpu":
             needs += [
-                Needs(need.part, [], [[_passing(need, device)]])
+                Needs(need.part, need.on_host, [[_passing(need, device)]] if need.through_host else [])
                 for device, need in placed
-                if device.type != "cpu" and need.through_host
+                if device.type != "cpu"
             ]
         devices.append(_device_plan(name, needs, memory.get(name)))
-    return MemoryPlan(tuple(devices), sizes.notes)
+    return MemoryPlan(tuple(devices), config.models.image.batch_size, sizes.notes)
 
 
 def _passing(need: Needs, device: torch.device) -> Item:
@@ -276,12 +312,12 @@ def _advice(
     """Settings that make the run fit as far as sizes are known: each by itself, else several that all are needed."""
 
     def fitting(settings: Mapping[str, Any]) -> Advice | None:
-        changed = _changed(config, settings)
         try:
+            changed = changed_settings(config, settings)
             moved = resolve(changed.placement, list(memory)) if changed.placement != config.placement else placement
-        except ConfigError:  # a plan for more GPUs than there are
+            plan = _planned(changed, moved, head, memory, sizes)
+        except ConfigError:  # a plan for more GPUs than there are, or FLUX without T5
             return None
-        plan = _planned(changed, moved, head, memory, sizes)
         written = tuple(f"{name}={str(value).lower()}" for name, value in settings.items())
         needed = {device.device: device.needed for device in plan.devices}
         return None if plan.fits is False else Advice(written, needed)
@@ -319,9 +355,12 @@ def _candidates(config: RunConfig) -> dict[str, list[Any]]:
         "placement.plan": [name for name in PLANS if name not in (config.placement.plan, "cpu")],
         "training.update_rows": _halves(config.training.update_rows or config.sampling.num_rollouts),
         "sampling.prompts_per_pass": _halves(config.sampling.prompts_per_pass or config.training.batch_size),
+        "models.image.decode_batch_size": _halves(image.decode_batch_size or image.batch_size),
         "models.image.batch_size": _halves(image.batch_size),
         "models.policy.gradient_checkpointing": [] if policy.gradient_checkpointing else [True],
         "models.policy.dtype": ["bfloat16"] if policy.dtype in ("auto", "float32") else [],
+        "models.image.t5_on_cpu": [True] if image.use_t5 and not image.t5_on_cpu else [],
+        "models.image.decode_tile": [side for side in (512, 256) if side < (image.decode_tile or image.resolution)],
         "models.image.use_t5": [False] if image.use_t5 else [],
         "models.image.dtype": ["bfloat16"] if image.dtype == "float32" else [],
         "models.image.resolution": [side for side in (768, 512, 256) if side < image.resolution],
@@ -334,7 +373,8 @@ def _halves(value: int) -> list[int]:
     return [] if value <= 1 else [value // 2, *_halves(value // 2)]
 
 
-def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+def changed_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """``config`` with other values for some settings, by dotted name; raises ConfigError like ``RunConfig.parse``."""
     data = config.model_dump()
     for name, value in settings.items():
         *parents, leaf = name.split(".")

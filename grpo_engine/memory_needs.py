@@ -14,15 +14,14 @@ from typing import Literal
 import torch
 
 from .config import RunConfig
-from .image_model import StableDiffusion3
 from .model_sizes import ImageSize, PolicySize, RewardSize, Source, Weights
+from .pipelines import family_of
 from .placement import compute_dtype
 
 Kind = Literal["exact", "estimate", "published size", "unknown"]
 KINDS: dict[Source, Kind] = {"files": "exact", "configuration": "exact", "published": "published size"}
 
 WIDE = 4  # bytes of float32, in which the adapter and all losses are computed
-DENOISER_COPIES = 12.5  # tensors of one joint block (SD3) alive at once: 9.7 to 12.2 measured
 DECODER_COPIES = 3.25  # tensors of the full-resolution stage alive at once: 3.0 measured, and the convolution's own
 CLIP_COPIES = 12  # tensors (B, tokens, width) alive at once in a block of the vision tower: 12.0 measured
 
@@ -46,12 +45,14 @@ class Needs:
         stays: held for the whole run.
         phases: each a list of what is held at once for a while; phases of one device take turns.
         through_host: bytes of the host's memory that loading the model onto a GPU takes for a while.
+        on_host: what a model on a GPU holds in the host's memory for the whole run.
     """
 
     part: str
     stays: list[Item]
     phases: list[list[Item]] = field(default_factory=list)
     through_host: int = 0
+    on_host: list[Item] = field(default_factory=list)
 
 
 def total(items: Iterable[Item]) -> int:
@@ -195,34 +196,53 @@ def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int,
 
 
 def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None) -> Needs:
-    """Of one image model, see ``image_model.py``."""
+    """Of one image model, see ``pipelines/``.
+
+    Raises:
+        ConfigError: its pipeline can't follow these settings.
+    """
     settings = config.models.image
     if size is None:
         return Needs("image model", [Item("image model", "everything", None, "unknown")])
-    dtype = compute_dtype(settings.dtype, device)
-    formats = {name: torch.float32 if name == "vae" else dtype for name in size.parts}
-    if not settings.use_t5:
-        formats.pop("text_encoder_3", None)
-    stays = [_weights("image model", name, size.parts[name], kind) for name, kind in formats.items()]
+    family = family_of(size.pipeline)
+    family.check(settings, size.pipeline)
+    dtype, left_out = compute_dtype(settings.dtype, device), family.left_out(settings)
+    formats = {name: dtype for name in size.parts if name not in left_out}
+    if family.WIDE_DECODER and "vae" in formats:
+        formats["vae"] = torch.float32
     through_host = sum(size.parts[name].converted(kind) for name, kind in formats.items())
-    read = size.text_tokens + settings.max_sequence_length
-    texts = StableDiffusion3.EMBEDDING_CACHE * read * size.text_width * dtype.itemsize
-    remembered = f"{StableDiffusion3.EMBEDDING_CACHE} remembered prompt embeddings"
-    stays.append(_estimate("image model", remembered, texts))
-    batch, guided = settings.batch_size, 2 if settings.guidance > 1.0 else 1
+    on_host = []
+    if settings.t5_on_cpu and device.type != "cpu" and formats.pop(family.T5, None) is not None:
+        on_host.append(_weights("image model", family.T5, size.parts[family.T5], dtype))
+        through_host -= size.parts[family.T5].converted(dtype)
+    stays = [_weights("image model", name, size.parts[name], kind) for name, kind in formats.items()]
+    read = family.text_tokens(settings, size.text_tokens)
+    if family.EMBEDDING_CACHE:
+        texts = family.EMBEDDING_CACHE * read * size.text_width * dtype.itemsize
+        stays.append(_estimate("image model", f"{family.EMBEDDING_CACHE} remembered prompt embeddings", texts))
+    batch, passes = settings.batch_size, family.passes(settings)
     side = settings.resolution // size.vae_factor
     latents = batch * size.latent_channels * side**2 * WIDE * 4  # noise, present, predicted, next
-    tokens = guided * batch * (side**2 // size.patch_area + read)
-    embedded = 2 * guided * batch * read * size.text_width * dtype.itemsize
-    denoised = tokens * size.width * dtype.itemsize * DENOISER_COPIES
-    decoded = batch * settings.resolution**2 * size.decoder_width * WIDE * DECODER_COPIES
-    pictures = f"{batch} pictures of {settings.resolution} x {settings.resolution}"
+    tokens = passes * batch * (side**2 // size.patch_area + read)
+    embedded = 2 * passes * batch * read * size.text_width * dtype.itemsize
+    denoised = tokens * size.width * dtype.itemsize * size.copies
+    decoder_width = WIDE if family.WIDE_DECODER else dtype.itemsize
+    one_by_one = 1 if not family.WIDE_DECODER and settings.decode_batch_size else settings.decode_batch_size
+    at_once = min(one_by_one or batch, batch)
+    tile = min(settings.decode_tile or settings.resolution, settings.resolution)
+    decoded = at_once * tile**2 * size.decoder_width * decoder_width * DECODER_COPIES
+    finished = at_once if family.WIDE_DECODER else batch
+    colours = 4 * finished * settings.resolution**2 * 3 * WIDE  # put together and scaled to whole numbers
+    square = f"{settings.resolution} x {settings.resolution}"
     denoising = [
-        _estimate("image model", f"denoising {pictures}", denoised),
+        _estimate("image model", f"denoising {batch} pictures of {square}", denoised),
         _estimate("image model", "their latents and prompt embeddings", latents + embedded),
     ]
-    decoding = [_estimate("image model", f"decoding {pictures}", decoded + latents)]
-    return Needs("image model", stays, [denoising, decoding], through_host)
+    in_tiles = f" in tiles of {tile}" if tile < settings.resolution else ""
+    decoding = [
+        _estimate("image model", f"decoding {at_once} pictures of {square}{in_tiles}", decoded + colours + latents)
+    ]
+    return Needs("image model", stays, [denoising, decoding], through_host, on_host)
 
 
 def reward_needs(config: RunConfig, device: torch.device, size: RewardSize | None) -> Needs:

@@ -139,7 +139,7 @@ class PlaygroundModels:
             facts: dict[str, Any] = {}
             try:
                 text = self._rewrite(column, asked, config, placement, facts, told, poll)
-                if unread := self._painter[1].cut_words(text) if self._painter and text else 0:
+                if unread := self._painter[1].cut_tokens(text) if self._painter and text else 0:
                     facts["cut"] = unread
             except PlaygroundCrowded:
                 raise

@@ -53,6 +53,8 @@ STEP_METRICS: dict[str, str] = {
     "grad_norm": "gradient norm before clipping",
     "completion_tokens": "mean completion length, tokens",
     "rewrite_words": "mean rewrite length, words",
+    "cut_tokens": "mean tokens at the end of a rewrite that the image model cannot read",
+    "cut_share": "share of rewrites that are longer than what the image model reads",
     "truncated_share": "share of completions that reached the token limit",
     "distinct_share": "distinct rewrites / rewrites, mean over groups",
     "parse_failures": "completions without a usable rewrite",

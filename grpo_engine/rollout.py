@@ -60,6 +60,14 @@ class Completions:
 
 
 @dataclass(frozen=True)
+class RenderJob:
+    """One picture to make. Equal jobs give equal pictures, so each distinct job is rendered once."""
+
+    text: str
+    latent_seed: int
+
+
+@dataclass(frozen=True)
 class Score:
     """The reward of one picture: named raw parts, and their weighted sum."""
 

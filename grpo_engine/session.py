@@ -19,7 +19,7 @@ from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
 from .judge import make_judge
 from .loading import load_environment, read_prompts
-from .memory import plan_memory
+from .memory import changed_settings, plan_memory
 from .placement import Placement, apply_threads, resolve
 from .prompts import Prompt, PromptSet
 from .recorder import Evaluation, EvaluationItem
@@ -37,6 +37,8 @@ class Plan:
 
     Raises:
         ConfigError: prompts, devices or sizes that can't work, or models that don't fit there; one sentence.
+
+    ``config`` is the one given, with numbers in the place of what the machine decides.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -77,6 +79,8 @@ class Plan:
         texts = [prompt.text for prompt in (*self.train, *self.test, *self.validation)]
         self.memory = plan_memory(config, self.placement, prompts=texts)
         self.memory.require()
+        if not config.models.image.batch_size:
+            self.config = changed_settings(config, {"models.image.batch_size": self.memory.image_batch})
 
 
 class Session:
@@ -159,10 +163,14 @@ class Session:
 
     def _run(self, recorder: StoreRecorder, resuming: bool) -> None:
         plan = Plan(self.config)
+        chosen, self.config = self.config, plan.config
         apply_threads(self.config)
         environment = self.loaded or load_environment(self.config, plan.placement, recorder.phase)
         self.control.poll()
         recorder.event("placement", plan.placement.describe())
+        if chosen != self.config:
+            recorder.event("image_batch", f"At most {self.config.models.image.batch_size} pictures at once fit.")
+        environment.images.told = recorder.event
         policy = environment.policy
         recorder.token_text = policy.token_text
         if policy.adapted_layers:
@@ -311,6 +319,7 @@ def evaluate_run(store: Store, run_id: str, which: Any = "last", prompts: str = 
     if prompts:
         config = RunConfig.parse(config.model_dump() | {"data": config.data.model_dump() | {"prompts": prompts}})
     plan = Plan(config)
+    config = plan.config
     found = find_checkpoint(store.run_dir(run_id), which)
     apply_threads(config)
     environment = load_environment(config, plan.placement)

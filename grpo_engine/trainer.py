@@ -343,6 +343,7 @@ class PureGRPOTrainer:
         rewards = torch.stack([group.rewards for group in groups]).double()
         advantages = torch.stack([group.advantages for group in groups]).double()
         rewrites = [rewrite for group in groups for rewrite in group.rewrites if rewrite is not None]
+        cut = [self.environment.images.cut_tokens(rewrite) for rewrite in rewrites]
         parts: dict[str, list[float]] = defaultdict(list)
         for group in groups:
             for score in group.scores:
@@ -363,6 +364,8 @@ class PureGRPOTrainer:
             "resampled_groups": float(resampled),
             "completion_tokens": mean_length(groups),
             "rewrite_words": float(np.mean([len(text.split()) for text in rewrites])) if rewrites else None,
+            "cut_tokens": float(np.mean(cut)) if cut else None,
+            "cut_share": float(np.mean([count > 0 for count in cut])) if cut else None,
             "truncated_share": float((~finished).double().mean()),
             "distinct_share": float(np.mean([len(set(group.rewrites)) / len(group) for group in groups])),
             "parse_failures": float(sum(group.failures for group in groups)),

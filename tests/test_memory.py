@@ -443,7 +443,7 @@ def test_rendering_needs_no_more_than_planned_and_at_least_a_third(
 def test_denoising_needs_no_more_than_planned_and_at_least_a_third(environment: PureGRPOPromptEnvironment) -> None:
     assert isinstance(environment.images, StableDiffusion3)
     pipeline = environment.images.pipeline
-    states, pooled = environment.images._embed(["a red cube"] * 16)
+    states, pooled = environment.images._embed(["a red cube"] * 16).values()
     latents = torch.zeros(16, 16, 12, 12, dtype=states.dtype)
 
     @torch.no_grad()
@@ -584,7 +584,7 @@ def test_a_run_that_cannot_fit_is_refused_with_device_need_and_what_would_help()
     message = refused(plan)
     need = next(device.needed for device in plan.devices if device.device == "cuda:1")
     assert message.startswith(f"cuda:1 needs about {need / GIB:.1f} GiB (process 614 MiB, image model ")
-    assert "but only 16.0 GiB of its 16.0 GiB are free; set models.image.batch_size=2, or " in message
+    assert "but only 16.0 GiB of its 16.0 GiB are free; set models.image.decode_batch_size=2, or " in message
     assert "cuda:0" not in message
 
 

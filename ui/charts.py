@@ -17,7 +17,7 @@ from grpo_engine.store.rows import Bins, EvaluationRow
 from .context import column
 
 # Okabe and Ito's colours, as grpo.color has them.
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 
 BINS = 600
 """Most points of a line: about as many as a chart has pixels to show."""
@@ -179,9 +179,11 @@ def _length(config: Mapping[str, Any]) -> ChartSpec:
     limit = setting(config, "sampling.max_new_tokens", 0)
     return ChartSpec(
         "length", "Rewrite length", "mean of a step",
-        f"Truncated: reached the limit of {limit} tokens. Unreadable: no rewrite could be taken from it.",
+        f"Truncated: reached the limit of {limit} tokens. Cut: longer than what the image model reads. Unreadable: no "
+        "rewrite could be taken from it.",
         (Line("completion_tokens", "tokens", BLUE), Line("rewrite_words", "words", ORANGE),
          Line("truncated_share", "truncated (right)", GREEN, right=True, spread=False),
+         Line("cut_share", "cut (right)", SKY, right=True, spread=False),
          Line("parse_failures", "unreadable (right)", PINK, factor=1.0 / rollouts, right=True, spread=False)),
         left=("tokens, words", NUMBER), right=("share of rollouts", SHARE),
     )  # fmt: skip

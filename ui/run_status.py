@@ -35,6 +35,8 @@ LOADING_PATIENCE_S = 900.0  # a full-scale model may take minutes to load, or a 
 EVENT_LABELS = {
     "state": "state",
     "placement": "devices",
+    "image_batch": "batch",
+    "fidelity": "fidelity",
     "adapter": "adapter",
     "ratio_check": "check",
     "checkpoint": "saved",
