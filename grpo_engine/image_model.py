@@ -1,6 +1,6 @@
 """The image model: text and a latent seed in, a picture out.
 
-:class:`ImageModel` is all the rest of the program knows. A new family of pipelines gets a file in ``pipelines/``
+:class:`ImageModel` is all the rest of the program knows. A new family of pipelines gets a file in ``image_families/``
 and a line in its ``FAMILIES``.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .config import ImageModelConfig
-from .pipelines import FAMILIES, StableDiffusion3, family_of
-from .pipelines.base import PipelineModel
+from .image_families import FAMILIES, StableDiffusion3, family_of
+from .image_families.base import PipelineModel
 from .policy import Poll, no_poll
 from .rollout import Picture, RenderJob
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from .config import RunConfig
+from .image_families import family_of
 from .model_sizes import ImageSize, PolicySize, RewardSize, Source, Weights
-from .pipelines import family_of
 from .placement import compute_dtype
 
 Kind = Literal["exact", "estimate", "published size", "unknown"]
@@ -196,7 +196,7 @@ def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int,
 
 
 def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None) -> Needs:
-    """Of one image model, see ``pipelines/``.
+    """Of one image model, see ``image_families/``.
 
     Raises:
         ConfigError: its pipeline can't follow these settings.

@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .config import RunConfig
-from .loading import model_folder, reward_name
 from .image_families import family_of
+from .loading import model_folder, reward_name
 from .policy_family import ADAPTER_LAYERS
 
 Source = Literal["files", "configuration", "published"]

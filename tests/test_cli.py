@@ -116,7 +116,7 @@ def test_a_run_that_fails_exits_with_one_and_the_reason(tmp_path: Path) -> None:
     outcome = call("train", "--db", tmp_path / "runs.db", *flags(f"models.image.path={folder}"))
     assert outcome.code == 1
     assert outcome.err.startswith("Failed: ")
-    assert "is a FluxPipeline" in outcome.err
+    assert "FLUX reads prompts with T5" in outcome.err
     assert "Traceback" not in outcome.err.partition("Failed: ")[2]
     with Store(tmp_path / "runs.db") as store:
         assert [run.state for run in store.runs()] == ["failed"]

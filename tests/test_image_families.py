@@ -14,10 +14,10 @@ import torch
 
 from grpo_engine.config import ConfigError, ImageModelConfig
 from grpo_engine.control import RunControl
+from grpo_engine.image_families import FAMILIES, Flux, StableDiffusion3
+from grpo_engine.image_families.base import PipelineModel
 from grpo_engine.image_model import RenderJob, load_image_model
 from grpo_engine.manager import execute
-from grpo_engine.pipelines import FAMILIES, Flux, StableDiffusion3
-from grpo_engine.pipelines.base import PipelineModel
 from grpo_engine.rollout import Picture
 from grpo_engine.store import Store
 from tests.engine_runs import create, small
@@ -305,8 +305,8 @@ def test_pipelines_are_told_apart_by_their_class(loaded: Loaded) -> None:
 def test_a_run_learns_through_another_family_from_beginning_to_end(loaded: Loaded, tmp_path: Path) -> None:
     path = loaded("sdxl").config.path
     config = small(
-        f"models.image.path={path}", "models.image.resolution=64", "models.image.batch_size=0", "training.steps=2",
-        "sampling.max_new_tokens=30", "sampling.temperature=3",
+        f"models.image.path={path}", "models.image.resolution=64", "models.image.batch_size=0",
+        "evaluation.judge=none", "training.steps=2", "sampling.max_new_tokens=30", "sampling.temperature=3",
     )  # fmt: skip
     with Store(tmp_path / "runs.db") as store:
         run_id = create(store, config)
