@@ -9,6 +9,8 @@ from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 
+__all__ = ["FAMILIES", "StableDiffusion3", "family_of"]
+
 FAMILIES: dict[str, type[PipelineModel]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "StableDiffusionXLPipeline": StableDiffusionXL,

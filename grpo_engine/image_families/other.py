@@ -95,7 +95,8 @@ class OtherPipeline(PipelineModel):
 
     def _set_decoder(self) -> None:
         """Slices of one picture, and tiles, as set; held by the autoencoder, which other settings may share."""
-        vae, tile = getattr(self.pipeline, "vae", None), self.config.decode_tile
+        vae: Any = getattr(self.pipeline, "vae", None)
+        tile = self.config.decode_tile
         if hasattr(vae, "enable_slicing"):
             vae.use_slicing = bool(self.config.decode_batch_size)
         if hasattr(vae, "enable_tiling"):
