@@ -301,6 +301,14 @@ class TrainingConfig(Section):
         le=4096,
         advanced=True,
     )
+    logit_chunk: int = _f(
+        0,
+        "Most tokens whose logits are there at once in the update; 0 = all of a forward-backward. Chunks need less "
+        "memory and compute the logits twice; never changes the result.",
+        ge=0,
+        le=1_000_000,
+        advanced=True,
+    )
     max_bad_steps: int = _f(
         3,
         "Steps in a row with a non-finite loss or gradient after which the run fails.",

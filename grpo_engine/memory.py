@@ -354,6 +354,7 @@ def _candidates(config: RunConfig) -> dict[str, list[Any]]:
     return {
         "placement.plan": [name for name in PLANS if name not in (config.placement.plan, "cpu")],
         "training.update_rows": _halves(config.training.update_rows or config.sampling.num_rollouts),
+        "training.logit_chunk": [size for size in (256, 64, 16) if size < (config.training.logit_chunk or 1_000_000)],
         "sampling.prompts_per_pass": _halves(config.sampling.prompts_per_pass or config.training.batch_size),
         "models.image.decode_batch_size": _halves(image.decode_batch_size or image.batch_size),
         "models.image.batch_size": _halves(image.batch_size),

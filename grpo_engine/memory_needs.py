@@ -135,25 +135,23 @@ def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[
     """``PureGRPOTrainer._part_loss``: some rewrites of a group forward, then backward, together."""
     group, tail = config.sampling.num_rollouts, config.sampling.max_new_tokens
     rows = min(config.training.update_rows or group, group)
+    last = head + tail - 1  # the prompt goes through once; its keys and values are repeated for the rows
+    tokens, keys = head + rows * (tail - 1), head + rows * last
+    layer = saved_by_layer(config, size, width, tokens, keys, head**2 + rows * (tail - 1) * last)
     if config.models.policy.gradient_checkpointing:  # every layer's input; the rest of a layer when it is at work
-        tokens = rows * (head + tail)
-        recomputed = saved_by_layer(config, size, width, tokens, tokens, tokens * (head + tail))
+        recomputed = layer
         kept = size.layers * size.hidden * width * tokens
-    else:  # the prompt goes through once; its keys and values are repeated for the rows
-        last = head + tail - 1
-        tokens, keys = head + rows * (tail - 1), head + rows * last
-        layer = saved_by_layer(config, size, width, tokens, keys, head**2 + rows * (tail - 1) * last)
-        cache, _ = _per_token(size, width)
-        kept = size.layers * layer + (rows * last * cache if size.heads > size.kv_heads else 0)
-        recomputed = 0
+    else:
+        kept, recomputed = size.layers * layer, 0
     ends = 3 * size.hidden * WIDE * tokens  # embeddings and the last norm
     truncated, most = _kept(config, size)
     # Copies of (N, V) in sampler.truncated_logprobs and its backward pass: the whole distribution, or a few sets.
     logits = (width + 3 * WIDE) * size.vocabulary + 45 * most if truncated else (width + 26) * size.vocabulary
+    measured = min(config.training.logit_chunk or rows * tail, rows * tail)
     activations = _estimate("policy", f"activations of {rows} rows, {tokens} tokens", kept + ends)
     working = tokens * (3 * width + 2 * WIDE) * size.intermediate
     return [
-        [activations, _estimate("policy", f"logits of {rows} x {tail} tokens", rows * tail * logits)],
+        [activations, _estimate("policy", f"logits of {measured} tokens", measured * logits)],
         [activations, _estimate("policy", "backward pass of one layer", recomputed + working)],
     ]
 
@@ -170,9 +168,9 @@ def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int,
     """Bytes that one decoder layer keeps for the backward pass.
 
     Counted from what autograd saves in transformers' Qwen2-VL with PEFT (``torch.autograd.graph``): the norms'
-    float32 inputs; queries, the attention's output and its normaliser; gate, its SiLU and up; the inputs of the
-    trained layers; keys and values, repeated for every query head; the mask. An adapter of a half precision
-    layer casts its input to float32, once for each layer.
+    float32 inputs; queries, the attention's output (by rows) and its normaliser; gate, its SiLU and up; the inputs
+    of the trained layers, of the output projection too; keys and values, repeated for every query head; the mask. An
+    adapter of a half precision layer casts its input to float32, once for each layer.
 
     Args:
         width: bytes of a weight.
@@ -185,10 +183,10 @@ def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int,
     each = 2 * hidden * WIDE + (2 * query + 3 * inner) * width + size.heads * WIDE
     dense = policy.lora.targets == "all-linear"
     if policy.adapter == "full":
-        each += (2 * hidden + inner) * width + 2 * hidden * width  # the latter: outputs of the norms
+        each += (2 * hidden + inner + query) * width + 2 * hidden * width  # the latter: outputs of the norms
     else:
         if width == WIDE:
-            inputs = hidden + dense * (hidden + inner)  # of the output projection: the attention's output, see above
+            inputs = hidden + query + dense * (hidden + inner)
         else:
             inputs = 3 * hidden + query + dense * (2 * hidden + inner)
         each += inputs * WIDE + policy.lora.rank * WIDE * (7 if dense else 4)

@@ -16,6 +16,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from . import shared_prefix
 from .config import PolicyModelConfig, SamplingConfig
 from .policy_family import (
     adapter_layers,
@@ -27,7 +28,7 @@ from .policy_family import (
     suppressed_tokens,
 )
 from .rollout import Completions, Picture
-from .sampler import draw, entropy_of, pad_kept, truncate, truncated_logprobs
+from .sampler import chunked_logprobs, draw, entropy_of, pad_kept, truncate
 from .seeding import seeded_initialization, uniforms
 
 Poll = Callable[[], None]
@@ -68,6 +69,7 @@ class PureGRPOPolicy:
         self.suppressed = suppressed_tokens(model, self.tokenizer, self.end_tokens).to(self.device)
         self._rows = position_rows(model)
         self._full_reference: nn.Module | None = None
+        self.shares_prefix = shared_prefix.prepare(model, self.suppressed)
         model.requires_grad_(False)
         if config.adapter == "lora":
             self.adapted_layers = adapter_layers(model, config.lora.targets)
@@ -262,59 +264,40 @@ class PureGRPOPolicy:
 
     # -- log-probabilities -------------------------------------------------------------------------------
 
-    def token_logprobs(self, completions: Completions, *, share_prefix: bool = True) -> tuple[Tensor, Tensor]:
+    def token_logprobs(
+        self, completions: Completions, *, share_prefix: bool = True, logit_chunk: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of sampled tokens under the present weights, with gradient.
 
-        Over the same kept sets that were sampled from. Logits are computed for completion tokens only. With
-        ``share_prefix`` the prompt goes through the model once for the whole group, else once a row; the result
-        and its gradient are the same up to rounding.
+        Over the same kept sets that were sampled from. Logits are computed for completion tokens only, at most
+        ``logit_chunk`` tokens at a time (0 = all at once). With ``share_prefix`` the prompt goes through the model
+        once for the whole group (if the model can, see :func:`shared_prefix.prepare`), else once a row. Neither
+        changes the result or its gradient but by rounding.
 
         Returns:
             float32 (G, T) and (G, T) on the policy's device, 0 on padding.
         """
         mask = completions.mask.to(self.device)
         tokens = completions.token_ids.to(self.device)
-        # Recomputing activations in the backward pass and keeping keys and values exclude each other.
-        shared = share_prefix and not self.config.gradient_checkpointing
-        hidden = (self._hidden_shared if shared else self._hidden_plain)(completions.prompt_ids, tokens, mask)
-        logprobs, entropies = truncated_logprobs(
-            self._base.lm_head(hidden[mask]),
+        if share_prefix and self.shares_prefix:
+            prompt = completions.prompt_ids.to(self.device)
+            hidden = shared_prefix.hidden_states(self._base, prompt, tokens, mask)
+        else:
+            hidden = self._hidden_plain(completions.prompt_ids, tokens, mask)
+        logprobs, entropies = chunked_logprobs(
+            self._base.lm_head,
+            hidden[mask],
             tokens[mask],
             None if completions.kept is None else completions.kept.to(self.device)[mask],
+            chunk=logit_chunk,
             temperature=self.sampling.temperature,
             suppressed=self.suppressed,
         )
         zeros = torch.zeros(tokens.shape, device=self.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
 
-    def _hidden_shared(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (G, T, D) that predict each of ``tokens`` (G, T): P + G x (T - 1) tokens computed.
-
-        The prompt's keys and values are computed once, with gradient, and repeated for the group: every row's
-        gradient flows back into that one pass.
-        """
-        rows, width = tokens.shape
-        length = len(prompt_ids)
-        prompt = prompt_ids.to(self.device).unsqueeze(0)
-        positions = torch.arange(length + width, device=self.device).unsqueeze(0)
-        begin = shaped(positions[:, :length], self._rows)
-        output = self._base.model(input_ids=prompt, position_ids=begin, use_cache=True)
-        first = output.last_hidden_state[:, -1:].expand(rows, -1, -1)
-        if width == 1:
-            return first
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(rows)
-        output = self._base.model(
-            input_ids=tokens[:, :-1],  # nothing follows the last one
-            attention_mask=torch.cat([mask.new_ones(rows, length), mask[:, :-1]], dim=1).long(),
-            position_ids=shaped(positions[:, length:-1].expand(rows, -1), self._rows),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return torch.cat([first, output.last_hidden_state], dim=1)
-
     def _hidden_plain(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The same, every row with its own copy of the prompt: G x (P + T) tokens computed."""
+        """Hidden states (G, T, D) that predict each of ``tokens`` (G, T), every row with its own copy of the prompt."""
         rows, width = tokens.shape
         prompt = prompt_ids.to(self.device).expand(rows, -1)
         ids = torch.cat([prompt, tokens], dim=1)

@@ -10,8 +10,11 @@ Pure tensor functions; float32 throughout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def truncate(
@@ -90,6 +93,49 @@ def truncated_logprobs(
     is_token = kept == token_ids.unsqueeze(-1)
     chosen = torch.where(is_token, logprobs, torch.zeros_like(logprobs)).sum(dim=-1)
     return chosen.masked_fill(~is_token.any(dim=-1), -torch.inf), entropy_of(logprobs)
+
+
+def chunked_logprobs(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    token_ids: Tensor,
+    kept: Tensor | None,
+    *,
+    chunk: int,
+    temperature: float,
+    suppressed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`truncated_logprobs` of ``head(hidden)``, with the logits of at most ``chunk`` tokens there at a time.
+
+    The backward pass computes each chunk's logits again, one chunk after the other: the largest tensor is
+    (chunk, V) and not (N, V). Values and gradients are the same up to rounding.
+
+    Args:
+        head: hidden states (n, D) to logits (n, V).
+        hidden: float (N, D), with gradient where wanted.
+        token_ids: int64 (N,).
+        kept: as in :func:`truncated_logprobs`.
+        chunk: tokens; 0 = all at once, and nothing is computed twice.
+
+    Returns:
+        float32 (N,) and (N,).
+    """
+
+    def measure(states: Tensor, ids: Tensor, sets: Tensor | None) -> tuple[Tensor, Tensor]:
+        return truncated_logprobs(head(states), ids, sets, temperature=temperature, suppressed=suppressed)
+
+    if chunk == 0 or len(hidden) <= chunk:
+        return measure(hidden, token_ids, kept)
+    parts = []
+    for start in range(0, len(hidden), chunk):
+        own = slice(start, start + chunk)
+        arguments = hidden[own], token_ids[own], None if kept is None else kept[own]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(measure, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(measure(*arguments))
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def pad_kept(steps: list[Tensor]) -> Tensor:

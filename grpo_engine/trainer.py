@@ -279,10 +279,11 @@ class PureGRPOTrainer:
         device = self.policy.device
         mask, old = rows.mask.to(device), rows.logprobs.to(device)
         advantages = group.advantages[part].to(device)
+        chunk = self.config.training.logit_chunk
         with torch.no_grad(), self.policy.reference():
-            reference, _ = self.policy.token_logprobs(rows)
+            reference, _ = self.policy.token_logprobs(rows, logit_chunk=chunk)
         with torch.set_grad_enabled(learn):
-            logprobs, entropies = self.policy.token_logprobs(rows)
+            logprobs, entropies = self.policy.token_logprobs(rows, logit_chunk=chunk)
             low, high = objective.clips
             policy = policy_loss(logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high)
             kl = kl_estimate(logprobs, reference, kind=objective.kl_estimator)

@@ -367,13 +367,13 @@ def test_sampling_needs_no_more_than_planned_and_at_least_half_where_kept_sets_h
         (torch.float32, 8, ["models.policy.adapter=full"]),
     ],
 )
-@pytest.mark.parametrize("shared", [True, False])
 def test_a_layer_saves_for_the_backward_pass_what_is_planned(
-    dtype: torch.dtype, kv_heads: int, overrides: list[str], shared: bool
+    dtype: torch.dtype, kv_heads: int, overrides: list[str]
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+    from grpo_engine import shared_prefix
     from grpo_engine.policy_family import adapter_layers
 
     hidden, inner, layers, rows = 128, 320, 3, 2
@@ -401,26 +401,11 @@ def test_a_layer_saves_for_the_backward_pass_what_is_planned(
 
     head, tail = 24, 17
     last = head + tail - 1
-    mask = torch.ones(rows, last, dtype=torch.long)
-    mask[1, -5:] = 0
-    positions = torch.arange(last)
+    ids = torch.full((rows, tail), 5)
+    assert shared_prefix.prepare(model, torch.zeros(100, dtype=torch.bool))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        if shared:
-            cache = model.model(
-                input_ids=torch.full((1, head), 5), position_ids=positions[:head].expand(3, 1, -1), use_cache=True
-            ).past_key_values
-            cache.batch_repeat_interleave(rows)
-            model.model(
-                input_ids=torch.full((rows, tail - 1), 5), attention_mask=mask, past_key_values=cache, use_cache=True,
-                position_ids=positions[head:].expand(3, rows, -1),
-            )  # fmt: skip
-            tokens, keys, pairs = head + rows * (tail - 1), head + rows * last, head**2 + rows * (tail - 1) * last
-        else:
-            model.model(
-                input_ids=torch.full((rows, last), 5), attention_mask=mask, use_cache=False,
-                position_ids=positions.expand(3, rows, -1),
-            )  # fmt: skip
-            tokens, keys, pairs = rows * last, rows * last, rows * last**2
+        shared_prefix.hidden_states(model, torch.full((head,), 5), ids, torch.ones_like(ids, dtype=torch.bool))
+    tokens, keys, pairs = head + rows * (tail - 1), head + rows * last, head**2 + rows * (tail - 1) * last
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved = sum(size for key, (size, _) in storages.items() if key not in weights)
     size = PolicySize(Weights(0, "files"), 0, hidden, layers, 8, kv_heads, 16, inner, 100, 0, 0)
@@ -552,6 +537,7 @@ def test_rows_are_plain_data_that_add_up() -> None:
 
 SAVING = {
     "training.update_rows": st.integers(1, 8),
+    "training.logit_chunk": st.integers(1, 200),
     "sampling.prompts_per_pass": st.integers(1, 4),
     "models.image.batch_size": st.integers(1, 32),
     "sampling.max_new_tokens": st.integers(1, 64),
