@@ -1,7 +1,10 @@
 """Taking a trained rewriter away: as a peft adapter, a merged model, or one ``.pth`` file, with a model card.
 
-The weights come from a verified checkpoint, never from the policy at hand, which only lends its base model
-and is not changed. The target folder appears whole, by a rename.
+Invariants:
+    - The weights come from a verified checkpoint, never from the policy at hand, which only lends its base model
+      and is not changed.
+    - The target folder appears whole, by a rename.
+    - What is exported can be used elsewhere: the embedded base model goes along, and no path of this machine does.
 """
 
 from __future__ import annotations
@@ -31,12 +34,11 @@ from .checkpoint import (
 )
 from .checkpoint_folder import STATE_FILE, publish, writing
 from .config import RunConfig
-
-Format = Literal["peft", "merged", "pth"]
+from .model_card import BASE_FOLDER, PTH_FILE, Format, base_name, card, portable
+from .tiny import WEIGHTS
 
 FORMAT = "pure-grpo-export"
 VERSION = 1
-PTH_FILE = "pure_grpo_policy.pth"
 METRICS_FILE = "metrics.json"
 
 
@@ -75,22 +77,27 @@ def export(
     state = _source(Path(run_folder_or_checkpoint), which)
     _check_format(state, format, policy)
     config = RunConfig.load(state.path / "config.yaml")
+    embedded = state.base_model == "tiny" and format != "merged"
+    if embedded:
+        matched_weights(state, policy or _embedded_policy(config))  # another version may have had another base
+    config = _portable_config(config)
     summary = json.loads(json.dumps(summary))
     partial = target.parent / f".partial-{target.name}-{os.getpid()}"
     try:
         with writing(f"The export {target}"):
             partial.mkdir(parents=True)
             if format == "peft":
-                for name in (WEIGHT_FILES["lora"], "adapter_config.json"):
-                    shutil.copyfile(state.path / name, partial / name)
+                _write_peft(partial, state)
             elif format == "pth":
                 _write_pth(partial / PTH_FILE, state, config, summary)
             elif policy is not None:
                 _write_merged(partial, state, policy)
-            shutil.copyfile(state.path / "config.yaml", partial / "config.yaml")
+            if embedded:
+                shutil.copytree(WEIGHTS / "policy", partial / BASE_FOLDER)
+            (partial / "config.yaml").write_text(config.dump_yaml(), encoding="utf-8")
             numbers = _header(state, format) | {"metrics": state.metrics, "evaluation": summary}
             (partial / METRICS_FILE).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-            (partial / "README.md").write_text(_card(state, config, format, summary), encoding="utf-8")
+            (partial / "README.md").write_text(card(state, config, format, summary), encoding="utf-8")
             publish(partial, target)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
@@ -153,17 +160,41 @@ def _header(state: CheckpointState, format: Format) -> dict[str, Any]:
         "version": VERSION,
         "kind": format,
         "step": state.step,
-        "base_model": state.base_model,
+        "base_model": base_name(state),
         "versions": state.versions,
     }
 
 
+def _embedded_policy(config: RunConfig) -> SavedPolicy:
+    from .loading import load_policy
+
+    return load_policy(config, torch.device("cpu"))
+
+
+def _portable_config(config: RunConfig) -> RunConfig:
+    """The settings with names in the place of this machine's folders."""
+    data = config.model_dump(mode="json")
+    for part in data["models"].values():
+        part["path"] = portable(part["path"])
+    data["data"]["prompts"] = portable(data["data"]["prompts"])
+    return RunConfig.parse(data)
+
+
+def _adapter_config(state: CheckpointState) -> dict[str, Any]:
+    """peft's settings of the adapter, which name the base model as others know it."""
+    content = json.loads((state.path / "adapter_config.json").read_text(encoding="utf-8"))
+    return content | {"base_model_name_or_path": base_name(state)}
+
+
+def _write_peft(folder: Path, state: CheckpointState) -> None:
+    shutil.copyfile(state.path / WEIGHT_FILES["lora"], folder / WEIGHT_FILES["lora"])
+    text = json.dumps(_adapter_config(state), indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
 def _write_pth(file: Path, state: CheckpointState, config: RunConfig, summary: Mapping[str, Any] | None) -> None:
-    adapter = None
-    if state.kind == "lora":
-        adapter = json.loads((state.path / "adapter_config.json").read_text(encoding="utf-8"))
     metadata = _header(state, "pth") | {
-        "adapter": adapter,
+        "adapter": _adapter_config(state) if state.kind == "lora" else None,
         "config": config.model_dump(mode="json"),
         "metrics": state.metrics,
         "evaluation": summary,
@@ -190,131 +221,3 @@ def _write_merged(folder: Path, state: CheckpointState, policy: SavedPolicy) -> 
         model = model.merge_and_unload()
     model.save_pretrained(str(folder))
     policy.processor.save_pretrained(str(folder))
-
-
-def _card(state: CheckpointState, config: RunConfig, format: Format, summary: Mapping[str, Any] | None) -> str:
-    """The model card: the hub's YAML header, what it is, what it gains, how it was trained, how to use it."""
-    models, training, sampling, objective = config.models, config.training, config.sampling, config.objective
-    header = [
-        "library_name: " + ("peft" if format == "peft" else "transformers"),
-        "tags: [grpo, prompt-rewriting]",
-    ]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", state.base_source):  # the hub accepts only its own ids here
-        header.insert(0, f"base_model: {state.base_source}")
-    low, high = objective.clips
-    settings = {
-        "Base model": state.base_source,
-        "Trained weights": f"LoRA, rank {models.policy.lora.rank}, alpha {models.policy.lora.alpha:g}"
-        if state.kind == "lora"
-        else "all of the language model",
-        "Prompts": f"{config.data.prompts} ({', '.join(config.data.tiers)})",
-        "Image model": f"{models.image.path}, {models.image.resolution} px, {models.image.steps} steps, "
-        f"guidance {models.image.guidance:g}",
-        "Reward": f"{models.reward.path} {models.reward.pretrained}".strip(),
-        "Steps": f"{state.step} of {training.steps}, each {training.batch_size} prompts x "
-        f"{sampling.num_rollouts} rollouts",
-        "Sampling": f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p "
-        f"{sampling.top_p:g}, at most {sampling.max_new_tokens} tokens",
-        "Objective": f"{objective.kind}, clip {low:g} / {high:g}, KL {objective.kl_coef:g}, "
-        f"entropy {objective.entropy_coef:g}",
-        "Optimizer": f"AdamW, learning rate {training.learning_rate:g}, {training.schedule}",
-        "Seed": str(config.seed),
-        "Libraries": ", ".join(f"{name} {version}" for name, version in state.versions.items()),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""---
-{chr(10).join(header)}
----
-
-# Prompt rewriter
-
-Rewrites a text-to-image prompt so that the picture matches the prompt better. Trained with GRPO: groups of
-rewrites of each prompt were rendered, and their pictures scored against the original prompt.
-
-## Measured gain
-
-{_gains(summary)}
-
-## Training
-
-| | |
-|---|---|
-{table}
-
-All settings are in `config.yaml`, the last step's numbers in `metrics.json`.
-
-## Use
-
-In front of any diffusers `pipeline`:
-
-```python
-{_loading(state, format)}
-{_rewriting(config)}
-```
-{_serving(config, format)}"""
-
-
-def _gains(summary: Mapping[str, Any] | None) -> str:
-    """What the evaluation found, with every interval."""
-    if not summary or not summary.get("gains"):
-        return "No gain was measured for this export."
-    rows = [
-        f"| {name.replace('_', ' ')} | {gain['mean']:+.2f} | {gain['low']:+.2f} to {gain['high']:+.2f} "
-        f"| {gain['n']} | {gain['win_rate']:.0%} |"
-        for name, gain in summary["gains"].items()
-    ]
-    table = "\n".join(rows)
-    return f"""{summary["sentence"]}
-
-Paired gains in reward on held-out prompts, on latents that the compared rewrites share:
-
-| Comparison | Gain | {summary["confidence"]:.0%} interval | Prompts | Prompts that gained |
-|---|---|---|---|---|
-{table}"""
-
-
-def _loading(state: CheckpointState, format: Format) -> str:
-    """Python that binds ``policy`` and ``tokenizer``."""
-    base = f'base = "{state.base_source}"\nfolder = "."  # this folder'
-    imports = "from transformers import AutoModelForImageTextToText, AutoTokenizer\n"
-    if format == "merged":
-        return f"""{imports}
-folder = "."  # this folder
-policy = AutoModelForImageTextToText.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-"""
-    start = f"{base}\npolicy = AutoModelForImageTextToText.from_pretrained(base)\n"
-    end = "tokenizer = AutoTokenizer.from_pretrained(base)\n"
-    if format == "peft":
-        start += "policy = PeftModel.from_pretrained(policy, folder)\n"
-        return f"from peft import PeftModel\n{imports}\n{start}{end}"
-    start += f'saved = torch.load(f"{{folder}}/{PTH_FILE}", weights_only=True)\n'
-    if state.kind == "full":
-        return f'import torch\n{imports}\n{start}policy.load_state_dict(saved["weights"], strict=False)\n{end}'
-    start += 'adapter = PeftConfig.from_peft_type(**saved["metadata"]["adapter"])\n'
-    start += 'policy = get_peft_model(policy, adapter)\nset_peft_model_state_dict(policy, saved["weights"])\n'
-    names = "from peft import PeftConfig, get_peft_model, set_peft_model_state_dict\n"
-    return f"import torch\n{names}{imports}\n{start}{end}"
-
-
-def _rewriting(config: RunConfig) -> str:
-    """Python that turns a prompt into a rewrite and the rewrite into a picture."""
-    system = config.models.policy.system
-    head = f'{{"role": "system", "content": [{{"type": "text", "text": {system!r}}}]}}, ' if system else ""
-    return f"""prompt = "a red cube on a green table"
-request = {config.models.policy.template!r}.replace("{{prompt}}", prompt)
-messages = [{head}{{"role": "user", "content": [{{"type": "text", "text": request}}]}}]
-chat = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
-
-tokens = tokenizer.apply_chat_template(messages, **chat)
-output = policy.generate(**tokens, max_new_tokens={config.sampling.max_new_tokens}, do_sample=False)
-rewrite = tokenizer.decode(output[0, tokens["input_ids"].shape[1]:], skip_special_tokens=True)
-image = pipeline(rewrite.strip().split("\\n")[0].strip("\\"' ")).images[0]"""
-
-
-def _serving(config: RunConfig, format: Format) -> str:
-    if format != "peft":
-        return ""
-    rank = config.models.policy.lora.rank
-    options = f"--enable-lora --max-lora-rank {rank} --lora-modules rewriter=."
-    return f"\nvLLM serves it beside the base with `{options}`.\n"

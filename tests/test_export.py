@@ -29,7 +29,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from grpo_engine.checkpoint import CheckpointError, save_checkpoint
 from grpo_engine.config import RunConfig
 from grpo_engine.evaluation import summarise
-from grpo_engine.export import ExportError, Format, export
+from grpo_engine.export import ExportError, export
+from grpo_engine.model_card import Format, portable
 from grpo_engine.recorder import EvaluationItem
 from grpo_engine.rollout import Score
 
@@ -79,10 +80,12 @@ def full(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Policy, 
     return trained_run(base, tmp_path_factory.mktemp("full"), "full")
 
 
-def run_card(folder: Path) -> dict[str, Any]:
-    """Execute the model card's Python with a pipeline that returns the text it was given."""
+def run_card(folder: Path, base: Path) -> dict[str, Any]:
+    """Execute the model card's Python, beside a base model, with a pipeline that returns the text it was given."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
+    if not (folder / "base").exists():
+        (folder / "base").symlink_to(base)
     space: dict[str, Any] = {"pipeline": lambda text: SimpleNamespace(images=[text])}
     here = os.getcwd()
     os.chdir(folder)
@@ -95,22 +98,28 @@ def run_card(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", ["peft", "merged", "pth"])
 def test_the_model_card_runs_as_written_and_gives_the_trained_policy(
-    lora: tuple[Policy, Path], summary: dict[str, Any], tmp_path: Path, format: Format
+    base: Path, lora: tuple[Policy, Path], summary: dict[str, Any], tmp_path: Path, format: Format
 ) -> None:
     policy, run = lora
     target = export(run, tmp_path / "out", format=format, policy=policy, summary=summary)
-    space = run_card(target)
+    space = run_card(target, base)
     assert torch.allclose(logits(space["policy"]), logits(policy.model), atol=1e-4)
     assert isinstance(space["image"], str)
+    asked: list[list[int]] = []
+    generate = space["policy"].generate
+    space["policy"].generate = lambda **inputs: asked.extend(inputs["input_ids"].tolist()) or generate(**inputs)
+    space["rewrite"]("a red cube on a green table")
     request = "w20 w21 a red cube on a green table 'w22' \n w23 <eos>"
-    assert space["tokens"]["input_ids"][0].tolist() == policy.processor(request).input_ids
+    assert asked == [policy.processor(request).input_ids]
 
 
 @pytest.mark.parametrize("format", ["merged", "pth"])
-def test_a_fully_trained_policy_is_exported_whole(full: tuple[Policy, Path], tmp_path: Path, format: Format) -> None:
+def test_a_fully_trained_policy_is_exported_whole(
+    base: Path, full: tuple[Policy, Path], tmp_path: Path, format: Format
+) -> None:
     policy, run = full
     target = export(run, tmp_path / "out", format=format, policy=policy)
-    assert torch.equal(logits(run_card(target)["policy"]), logits(policy.model))
+    assert torch.equal(logits(run_card(target, base)["policy"]), logits(policy.model))
 
 
 def test_peft_holds_the_adapter_the_card_the_settings_and_the_metrics(
@@ -130,11 +139,12 @@ def test_peft_holds_the_adapter_the_card_the_settings_and_the_metrics(
     numbers = json.loads((target / "metrics.json").read_text())
     assert numbers["metrics"] == {"reward_mean": 31.5, "entropy": 2.5}
     assert (numbers["step"], numbers["evaluation"]) == (2, json.loads(json.dumps(summary)))
-    assert RunConfig.load(target / "config.yaml").models.policy.path == str(base)
+    assert RunConfig.load(target / "config.yaml").models.policy.path == base.name
     card = (target / "README.md").read_text()
     assert summary["sentence"] in card
     assert "| trained vs untrained | +1.25 | +1.25 to +1.25 | 2 | 100% |" in card
     assert "| trained vs original | -2.75 | -2.75 to -2.75 | 2 | 0% |" in card
+    assert "| Request | w21 {prompt} 'w22' <br> w23 |" in card and "| System message | w20 |" in card
 
 
 def test_merged_loads_through_the_auto_classes_with_its_tokenizer(lora: tuple[Policy, Path], tmp_path: Path) -> None:
@@ -183,6 +193,41 @@ def test_no_export_names_the_folder_a_hub_model_was_loaded_from(base: Path, tmp_
         card = (target / "README.md").read_text()
         assert "\nbase_model: Qwen/Qwen2-VL-2B-Instruct\n" in card
         assert "No gain was measured" in card
+        if format == "peft":
+            adapter = json.loads((target / "adapter_config.json").read_text())
+            assert adapter["base_model_name_or_path"] == "Qwen/Qwen2-VL-2B-Instruct"
+
+
+def test_an_export_names_no_folder_of_this_machine(base: Path, tmp_path: Path) -> None:
+    policy = load_policy(base)
+    paths = {"policy": str(base), "image": "~/models/sd3", "reward": str(tmp_path / "clip")}
+    settings = {"models": {part: {"path": path} for part, path in paths.items()}}
+    config = RunConfig.parse(settings | {"data": {"prompts": str(tmp_path / "mine.txt")}})
+    run = save_checkpoint(tmp_path, policy=policy, optimizer=new_optimizer(policy), step=1, config=config, metrics={})
+    for format in ("peft", "merged", "pth"):
+        target = export(run, tmp_path / format, format=format, policy=policy)
+        for file in target.rglob("*"):
+            content = file.read_bytes()
+            assert str(tmp_path).encode() not in content and str(base.parent).encode() not in content, file.name
+            assert b"~/" not in content or file.suffix == ".safetensors", file.name
+        kept = RunConfig.load(target / "config.yaml")
+        assert (kept.models.image.path, kept.models.reward.path, kept.data.prompts) == ("sd3", "clip", "mine.txt")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("tiny", "tiny"),
+        ("ViT-B-32", "ViT-B-32"),
+        ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("/cache/hub/models--Qwen--Qwen2-VL-7B-Instruct/snapshots/a1b2", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("/data/models/qwen", "qwen"),
+        ("../qwen/", "qwen"),
+        ("~/qwen", "qwen"),
+    ],
+)
+def test_a_path_is_told_so_that_others_can_use_it(path: str, name: str) -> None:
+    assert portable(path) == name
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
