@@ -8,10 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ConfigError, RunConfig, preset_names
+
+if TYPE_CHECKING:
+    from .store import Store
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,10 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true")
     sub = command("export", _export, "write a run's trained policy to a folder, or the whole run to a .zip file")
     sub.add_argument("run", help=run_help)
-    sub.add_argument("--to", required=True, type=Path, metavar="PATH", help="a folder; for a bundle a file")
+    sub.add_argument("--to", type=Path, metavar="PATH", help="a folder; for a bundle a file. Needed without --push")
     sub.add_argument("--format", choices=("peft", "merged", "pth", "bundle"), default="peft")
     sub.add_argument("--checkpoint", default="last", help="last, best or a step; for a bundle also none")
     sub.add_argument("--force", action="store_true", help="replace an earlier export there")
+    sub.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, for all to see")
+    sub.add_argument("--private", action="store_true", help="with --push: only for those who may see the owner's own")
     bundle = sub.add_argument_group("with --format bundle")
     bundle.add_argument("--images", choices=("all", "evaluations", "none"), help="pictures to take along (all)")
     bundle.add_argument("--every", type=int, metavar="N", help="of the steps' pictures, those of every n-th step (1)")
@@ -123,11 +131,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     from .cli_progress import follow
-    from .store import Store
 
-    _require_database(options.db)
-    with Store(options.db) as store:
-        store.interrupt_stale()
+    with _database(options) as store:
         run = store.require_local(store.resolve(options.run).id)
         if run.state == "finished":
             raise ConfigError(f"Run {run.id} is finished; there is nothing to resume. 'evaluate' measures it again.")
@@ -140,10 +145,8 @@ def _resume(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from .cli_progress import print_report
     from .session import evaluate_run
-    from .store import Store
 
-    _require_database(options.db)
-    with Store(options.db) as store:
+    with _database(options) as store:
         run = store.resolve(options.run)
         summary = evaluate_run(store, run.id, _which(options.checkpoint), options.prompts)
         if options.json:
@@ -155,11 +158,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _runs(options: argparse.Namespace) -> int:
     from .cli_progress import print_runs
-    from .store import Store
 
-    _require_database(options.db)
-    with Store(options.db) as store:
-        store.interrupt_stale()
+    with _database(options) as store:
         rows = store.runs()
         if options.json:
             print(json.dumps([_as_json(row) for row in rows], indent=2))
@@ -171,11 +171,8 @@ def _runs(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from .bundle import origin
     from .cli_progress import print_run
-    from .store import Store
 
-    _require_database(options.db)
-    with Store(options.db) as store:
-        store.interrupt_stale()
+    with _database(options) as store:
         row = store.resolve(options.run)
         if options.json:
             print(json.dumps(_as_json(row), indent=2))
@@ -187,15 +184,31 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.private and not options.push:
+        raise ConfigError("--private is for --push, which names the repository on the hub.")
     if options.format == "bundle":
         return _export_bundle(options)
     if options.images is not None or options.every is not None or options.webp:
         raise ConfigError(f"--images, --every and --webp are for --format bundle, not {options.format}.")
-    from .export import export
-    from .store import Store
+    if options.push:
+        from .push import check_repository
 
-    _require_database(options.db)
-    with Store(options.db) as store:
+        check_repository(options.push)
+    if options.to:
+        target = _write_policy(options, options.to)
+        print(f"Written to {target}")
+        return _push(options, target) if options.push else DONE
+    if not options.push:
+        raise ConfigError("Where to? --to names a folder, --push a repository on the hub.")
+    with tempfile.TemporaryDirectory(prefix="grpo-export-") as folder:
+        return _push(options, _write_policy(options, Path(folder) / "export"))
+
+
+def _write_policy(options: argparse.Namespace, to: Path) -> Path:
+    """Export the policy that the options name; returns the folder."""
+    from .export import export
+
+    with _database(options) as store:
         row = store.resolve(options.run)
         policy = None
         if options.format == "merged":
@@ -204,20 +217,33 @@ def _export(options: argparse.Namespace) -> int:
 
             config = RunConfig.parse(row.config)
             policy = load_policy(config, resolve(config.placement).policy)
-        target = export(
-            store.run_dir(row.id), options.to, format=options.format, policy=policy, summary=row.summary,
+        return export(
+            store.run_dir(row.id), to, format=options.format, policy=policy, summary=row.summary,
             which=_which(options.checkpoint), force=options.force,
         )  # fmt: skip
-    print(f"Written to {target}")
+
+
+def _push(options: argparse.Namespace, folder: Path) -> int:
+    from .push import PushFailed, push
+
+    try:
+        where = push(folder, options.push, private=options.private, message=f"Prompt rewriter ({options.format})")
+    except PushFailed as error:
+        kept = f" The export is in {folder}." if options.to else ""
+        print(f"Failed: {error}{kept}", file=sys.stderr)
+        return FAILED
+    print(f"Pushed to {where}")
     return DONE
 
 
 def _export_bundle(options: argparse.Namespace) -> int:
     from .bundle import write_bundle
-    from .store import Store
 
-    _require_database(options.db)
-    with Store(options.db) as store:
+    if options.push:
+        raise ConfigError("--push is for a policy, not for a bundle; use --format peft, merged or pth.")
+    if not options.to:
+        raise ConfigError("--to must name the bundle's file.")
+    with _database(options) as store:
         target = write_bundle(
             store, store.resolve(options.run).id, options.to,
             images=options.images or "all", every=1 if options.every is None else options.every,
@@ -250,9 +276,16 @@ def _doctor(options: argparse.Namespace) -> int:
     return DONE if not findings["problems"] else FAILED
 
 
-def _require_database(path: str) -> None:
-    if not Path(path).exists():
-        raise ConfigError(f"There is no database {path}; 'train' makes one, or name another with --db.")
+@contextmanager
+def _database(options: argparse.Namespace) -> Iterator[Store]:
+    """The database of a command that needs one to be there; runs whose process died are marked first."""
+    from .store import Store
+
+    if not Path(options.db).exists():
+        raise ConfigError(f"There is no database {options.db}; 'train' makes one, or name another with --db.")
+    with Store(options.db) as store:
+        store.interrupt_stale()
+        yield store
 
 
 def _as_json(row: Any) -> dict[str, Any]:
