@@ -355,6 +355,16 @@ class RecordingConfig(Section):
     checkpoint_every: int = _f(20, "Steps between checkpoints.", ge=1, le=1_000_000)
     keep_checkpoints: int = _f(2, "Most recent checkpoints kept beside the best one.", ge=1, le=1000, advanced=True)
     image_format: Literal["png", "webp"] = _f("png", "File format of the pictures.", advanced=True)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = _f(
+        (), "Where the metrics go besides runs.db; each is a package of its own.", advanced=True
+    )
+    project: str = _f(
+        "pure-grpo-prompts",
+        "Project (W&B, trackio) or experiment (MLflow) that trackers put the run in.",
+        advanced=True,
+        min_length=1,
+        max_length=120,
+    )
 
 
 class RunConfig(Section):

@@ -80,7 +80,7 @@ def _check_content(api: HfApi, repository: str, private: bool) -> None:
     files = {sibling.rfilename for sibling in there.siblings or ()} - {".gitattributes"}
     if files and not files >= EXPORT_FILES:
         raise PushFailed(
-            f"{repository} holds something that is no export of this program, such as {min(files)}; push to another name."
+            f"{repository} holds something else than an export, such as {min(files)}; push to another name."
         )
     if private and not there.private:
         raise PushFailed(f"{repository} is public already; make it private on the hub first, or push to another name.")

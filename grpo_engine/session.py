@@ -27,6 +27,7 @@ from .rollout import Score
 from .store import Store, StoreError
 from .store.recorder import StoreRecorder
 from .store.rows import ENDINGS
+from .trackers import TrackedRecorder, check_trackers
 from .trainer import PureGRPOTrainer, TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Plan:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        check_trackers(config.recording.trackers)
         self.placement: Placement = resolve(config.placement)
         for part in ("policy", "image", "reward"):
             path: str = getattr(config.models, part).path
@@ -118,7 +120,7 @@ class Session:
             self.store.set_state(self.run_id, "failed", str(error))
             return "failed"
         try:
-            with StoreRecorder(self.store, self.run_id, self.config.recording) as recorder:
+            with TrackedRecorder(self.store, self.run_id, self.config) as recorder:
                 recorder.state("loading")
                 recorder.flush()
                 self.control.on_hold = lambda held: self._hold(recorder, held)

@@ -45,7 +45,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def reply(self, status: int, data: Any, **headers: str) -> None:
             body = json.dumps(data).encode()
             self.send_response(status)
-            for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
+            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
@@ -53,6 +54,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             path = self.path.partition("?")[0]
+            if not path.startswith(("/api/models/", "/api/repos/", "/api/validate-yaml")):
+                return self.reply(404, {})  # what the client wants to know besides
             hub.asked.append(f"{self.command} {path}")
             if path != "/api/validate-yaml":  # which the client asks without one
                 hub.tokens.add(self.headers.get("Authorization"))
@@ -65,7 +68,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 data = json.loads(body)
                 name = f"{data['organization']}/{data['name']}"
                 if name in hub.files:
-                    return self.reply(409, {"error": "You already created this model repo"})
+                    return self.reply(409, {"error": "You already created it", "url": f"{hub.url}/{name}"})
                 hub.files[name] = {".gitattributes": b""}
                 hub.private[name] = data.get("visibility") == "private"
                 return self.reply(200, {"url": f"{hub.url}/{name}"})
@@ -148,7 +151,7 @@ def test_nothing_is_sent_without_the_flag(hub: Hub, db: Path, tmp_path: Path) ->
 def test_a_repository_of_something_else_is_left_alone(hub: Hub, db: Path, tmp_path: Path) -> None:
     hub.files["me/thesis"], hub.private["me/thesis"] = {"thesis.txt": b"work"}, False
     outcome = call("export", "last", "--db", db, "--to", tmp_path / "out", "--push", "me/thesis")
-    assert outcome.code == 1 and "me/thesis holds something that is no export" in outcome.err
+    assert outcome.code == 1 and "me/thesis holds something else than an export" in outcome.err
     assert f"The export is in {tmp_path / 'out'}" in outcome.err and (tmp_path / "out" / "README.md").exists()
     assert hub.files["me/thesis"] == {"thesis.txt": b"work"}
 
