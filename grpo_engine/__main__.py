@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .config import ConfigError, RunConfig, preset_names
 
 if TYPE_CHECKING:
+    from .distributed import World
     from .store import Store
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -66,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
             help="change a setting, e.g. training.steps=50",
         )
 
-    sub = command("train", _train, "start a run and follow it to its report")
+    sub = command("train", _among_ranks, "start a run and follow it to its report")
+    sub.set_defaults(carry=_train)
     settings(sub)
     sub.add_argument("--check", action="store_true", help="only check the settings; start nothing")
     run_help = "a run's id, the beginning of it, its name, or 'last'"
-    sub = command("resume", _resume, "continue a stopped, failed or interrupted run from its last checkpoint")
+    sub = command("resume", _among_ranks, "continue a stopped, failed or interrupted run from its last checkpoint")
+    sub.set_defaults(carry=_resume)
     sub.add_argument("run", help=run_help)
     sub = command("evaluate", _evaluate, "measure a run's policy again, on the test prompts or on other ones")
     sub.add_argument("run", help=run_help)
@@ -111,13 +114,31 @@ def _which(text: str) -> Any:
     return text
 
 
-def _train(options: argparse.Namespace) -> int:
+def _among_ranks(options: argparse.Namespace) -> int:
+    """Train or resume: with several ranks, the first one is this command and the others go along."""
+    from .distributed import ALONE, join, launched
+
+    carry: Callable[[argparse.Namespace, World], int] = options.carry
+    if not launched():
+        return carry(options, ALONE)
+    world = join()
+    try:
+        if world.first:
+            return carry(options, world)
+        from .companion import accompany
+
+        return accompany(world)
+    finally:
+        world.leave()
+
+
+def _train(options: argparse.Namespace, world: World) -> int:
     config = RunConfig.load(options.config, options.set)
     from .cli_progress import follow
     from .session import Plan
     from .store import Store
 
-    plan = Plan(config)
+    plan = Plan(config, world)
     for note in plan.prompts.report:
         print(f"note: {note}")
     if options.check:
@@ -126,10 +147,10 @@ def _train(options: argparse.Namespace) -> int:
     with Store(options.db) as store:
         run_id = store.create_run(config, prompt_set=plan.prompts.name, prompt_fingerprint=plan.prompts.fingerprint())
         print(f"run {run_id}")
-        return follow(store, run_id)
+        return follow(store, run_id, world)
 
 
-def _resume(options: argparse.Namespace) -> int:
+def _resume(options: argparse.Namespace, world: World) -> int:
     from .cli_progress import follow
 
     with _database(options) as store:
@@ -139,7 +160,7 @@ def _resume(options: argparse.Namespace) -> int:
         if run.active and run.state != "queued":  # a queued run has no process
             raise ConfigError(f"Run {run.id} is {run.state} in process {run.pid} on {run.host}; stop it first.")
         print(f"run {run.id}")
-        return follow(store, run.id)
+        return follow(store, run.id, world)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

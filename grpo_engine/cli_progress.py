@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .control import RunControl
+from .distributed import ALONE, World
 from .manager import execute
 from .store import Store
 from .store.rows import RunRow
@@ -34,10 +35,11 @@ ARM_NAMES = {
 }
 
 
-def follow(store: Store, run_id: str) -> int:
+def follow(store: Store, run_id: str, world: World = ALONE) -> int:
     """Run ``run_id`` in a thread, show how it goes, print its report; returns the exit code.
 
-    Ctrl-C stops it cleanly with a checkpoint; a second Ctrl-C leaves at once.
+    Ctrl-C stops it cleanly with a checkpoint; a second Ctrl-C leaves at once. With several ranks the launcher
+    passes Ctrl-C on, ``world`` takes it, and the launcher's patience is the limit.
     """
     control = RunControl()
     outcome: list[str] = []
@@ -45,7 +47,7 @@ def follow(store: Store, run_id: str) -> int:
 
     def work() -> None:
         try:
-            outcome.append(execute(store, run_id, control))
+            outcome.append(execute(store, run_id, control, world))
         finally:
             ended.set()
 

@@ -197,6 +197,13 @@ class PlacementConfig(Section):
         "auto", "Device of the image model in place of the plan's; several with commas, for as many image models."
     )
     reward: Device = _f("auto", "Device of the reward model in place of the plan's.")
+    gpus_per_cell: int = _f(
+        0,
+        "With several ranks on a machine: GPUs of each, rank 0 the first ones; 0 = as many as the plan needs.",
+        ge=0,
+        le=64,
+        advanced=True,
+    )
     threads: int = _f(0, "CPU threads of the whole process; 0 = as many as cores.", ge=0, le=1024, advanced=True)
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ class RunControl:
     def __init__(self) -> None:
         self.on_hold: Callable[[bool], None] = lambda held: None
         self._stop = threading.Event()
+        self._error: Exception | None = None
         self._go = threading.Event()
         self._go.set()
         self._wanted: set[str] = set()
@@ -45,18 +46,25 @@ class RunControl:
             with self._lock:
                 self._wanted.add(name)
 
+    def abandon(self, error: Exception) -> None:
+        """Have the trainer raise ``error`` at its next poll: it could not go on. Ends a pause too."""
+        self._error = error
+        self._go.set()
+
     @property
     def paused(self) -> bool:
         """Whether the trainer is, or is about to be, held."""
         return not self._go.is_set()
 
     def poll(self) -> None:
-        """Hold while paused; raise :class:`StopRequested` if the run shall stop."""
+        """Hold while paused; raise :class:`StopRequested` if the run shall stop, or what it was abandoned for."""
         if not self._go.is_set():
             self.on_hold(True)
             self._go.wait()
             if not self._stop.is_set():
                 self.on_hold(False)
+        if self._error is not None:
+            raise self._error
         if self._stop.is_set():
             raise StopRequested
 

@@ -13,6 +13,7 @@ from collections import deque
 
 from .config import RunConfig
 from .control import RunControl
+from .distributed import ALONE, World
 from .loading import release_memory
 from .session import Plan, Session
 from .store import Store, StoreError
@@ -22,14 +23,17 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # how often a running session looks for commands
 
 
-def execute(store: Store, run_id: str, control: RunControl | None = None) -> str:
-    """Carry a run to its end in this thread, listening for commands beside it; returns the final state."""
+def execute(store: Store, run_id: str, control: RunControl | None = None, world: World = ALONE) -> str:
+    """Carry a run to its end in this thread, listening for commands beside it; returns the final state.
+
+    With several ranks, on the first one.
+    """
     control = control or RunControl()
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(store, run_id, control, done), daemon=True)
     listener.start()
     try:
-        return Session(store, run_id, control).run()
+        return Session(store, run_id, control, world=world).run()
     finally:
         done.set()
         listener.join()

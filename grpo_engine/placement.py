@@ -2,12 +2,15 @@
 
 A named plan (``placement.plan``) chooses devices for all three roles; ``placement.policy``, ``.image`` and
 ``.reward`` override its choice one by one. ``memory.py`` then says whether the models fit there.
+
+Where several ranks of one run share a machine, each has a cell of neighbouring GPUs, and a plan's ``cuda:0`` is
+the first of its cell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,6 +90,36 @@ def resolve(config: PlacementConfig, devices: Sequence[str] | None = None) -> Pl
                 f"use {fitting!r} or 'auto'."
             )
     return _placed(found)
+
+
+def resolve_cell(
+    config: PlacementConfig, local_rank: int, local_size: int, devices: Sequence[str] | None = None
+) -> Placement:
+    """What :func:`resolve` says for the cell of one of the ``local_size`` ranks of this machine.
+
+    Raises:
+        ConfigError: as :func:`resolve`, or the machine has too few GPUs for so many cells.
+    """
+    there = available_devices() if devices is None else list(devices)
+    gpus = [name for name in there if name.startswith("cuda")]
+    each = [f"cuda:{index}" for index in range(len(gpus) // local_size)]
+    plan = _fitting(each) if config.plan == "auto" else config.plan
+    used = [name for names in _chosen(config, plan).values() for name in names if name != "cpu"]
+    needed = config.gpus_per_cell or max((int(name.rpartition(":")[2]) + 1 for name in used), default=0)
+    if needed * local_size > len(gpus) and (gpus or used):
+        raise ConfigError(
+            f"{local_size} ranks on this machine with {needed} GPUs each need {needed * local_size}, but it has "
+            f"{len(gpus)}; start fewer ranks, lower placement.gpus_per_cell, or choose another placement.plan."
+        )
+    cell = [f"cuda:{index}" for index in range(needed)] if gpus else []
+    found = resolve(config, [*cell, "cpu"])
+    first = local_rank * needed
+    shifted = {role: _shifted(device, first) for role, device in (("policy", found.policy), ("reward", found.reward))}
+    return replace(found, images=tuple(_shifted(device, first) for device in found.images), **shifted)
+
+
+def _shifted(device: torch.device, by: int) -> torch.device:
+    return torch.device("cuda", device.index + by) if device.type == "cuda" else device
 
 
 def intended(config: PlacementConfig, devices: Sequence[str] | None = None) -> Placement:

@@ -117,3 +117,25 @@ class Recorder(Protocol):
 
     def flush(self) -> None:
         """Return once everything recorded so far is safely stored."""
+
+
+class Unrecorded:
+    """A :class:`Recorder` that keeps nothing, for a rank whose work another one records."""
+
+    def state(self, state: str, message: str = "") -> None:
+        """See :class:`Recorder`; so all below."""
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Nothing."""
+
+    def step(self, step: int, metrics: Mapping[str, float | None], groups: Sequence[Group]) -> None:
+        """Nothing."""
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Nothing."""
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""

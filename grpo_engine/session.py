@@ -3,11 +3,15 @@
 The state machine of a run is walked here, in order: loading, baseline, training, evaluating, finished. A
 resumed run enters where its checkpoint left it. Whoever starts a session (the command line, the app's
 thread) gets the same run.
+
+With several ranks, the first one is the :class:`Session`, which has the store; on the others a
+:class:`Companion` walks the same way and is told what the store says.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,15 @@ from typing import Any
 from .checkpoint import CheckpointError, CheckpointState, find_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import ConfigError, RunConfig
 from .control import RunControl, StopRequested
+from .distributed import ALONE, RankLost, World
 from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
 from .judge import make_judge
 from .loading import load_environment, read_prompts
 from .memory import changed_settings, plan_memory
-from .placement import Placement, apply_threads, resolve
+from .placement import Placement, apply_threads, resolve, resolve_cell
 from .prompts import Prompt, PromptSet
-from .recorder import Evaluation, EvaluationItem
+from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
 from .store import Store, StoreError
 from .store.recorder import StoreRecorder
@@ -31,6 +36,8 @@ from .trackers import TrackedRecorder, check_trackers
 from .trainer import PureGRPOTrainer, TrainingFailed
 
 log = logging.getLogger(__name__)
+
+AnyRecorder = StoreRecorder | Unrecorded
 
 
 class Plan:
@@ -42,10 +49,19 @@ class Plan:
     ``config`` is the one given, with numbers in the place of what the machine decides.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
         self.config = config
         check_trackers(config.recording.trackers)
-        self.placement: Placement = resolve(config.placement)
+        if config.training.batch_size % world.size:
+            raise ConfigError(
+                f"training.batch_size is {config.training.batch_size}, but {world.size} ranks share a step in whole "
+                f"groups; set it to a multiple of {world.size}, or start another number of ranks."
+            )
+        self.placement: Placement = (
+            resolve(config.placement)
+            if world.local_size == 1
+            else resolve_cell(config.placement, world.local_rank, world.local_size)
+        )
         for part in ("policy", "image", "reward"):
             path: str = getattr(config.models, part).path
             if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
@@ -93,6 +109,7 @@ class Session:
         run_id: a run in a state that may go to "loading".
         control: how others stop or pause it.
         loaded: an environment to use instead of loading one (tests, or models kept warm).
+        world: the ranks that carry the run together, of which this is the first.
     """
 
     def __init__(
@@ -102,8 +119,10 @@ class Session:
         control: RunControl,
         *,
         loaded: PureGRPOPromptEnvironment | None = None,
+        world: World = ALONE,
     ) -> None:
         self.store, self.run_id, self.control, self.loaded = store, run_id, control, loaded
+        self.world = world
         self.folder: Path = store.run_dir(run_id)
         self._metrics: dict[str, float | None] = {}  # of the last step
 
@@ -119,6 +138,8 @@ class Session:
         except ConfigError as error:  # recorded by another version
             self.store.set_state(self.run_id, "failed", str(error))
             return "failed"
+        self.world.obey(self.control, lambda sentence: self.store.set_state(self.run_id, "failed", sentence))
+        self.world.decide(lambda: (before.config, resuming))  # what a companion waits for
         try:
             with TrackedRecorder(self.store, self.run_id, self.config) as recorder:
                 recorder.state("loading")
@@ -140,7 +161,7 @@ class Session:
             self._run(recorder, resuming)
         except StopRequested:
             return "stopped", "Stopped on request; it can be resumed."
-        except (ConfigError, CheckpointError, TrainingFailed) as error:
+        except (ConfigError, CheckpointError, TrainingFailed, RankLost) as error:
             log.exception("run %s failed", self.run_id)
             return "failed", str(error)
         except StoreError:
@@ -163,30 +184,34 @@ class Session:
 
     # -- the states --------------------------------------------------------------------------------------
 
-    def _run(self, recorder: StoreRecorder, resuming: bool) -> None:
-        plan = Plan(self.config)
+    def _run(self, recorder: AnyRecorder, resuming: bool) -> None:
+        plan = self.world.together(lambda: Plan(self.config, self.world))
         chosen, self.config = self.config, plan.config
         apply_threads(self.config)
         environment = self.loaded or load_environment(self.config, plan.placement, recorder.phase)
         self.control.poll()
-        recorder.event("placement", plan.placement.describe())
+        for rank, devices in enumerate(self.world.gather(plan.placement.describe())):
+            recorder.event("placement", devices if self.world.size == 1 else f"rank {rank}: {devices}")
         if chosen != self.config:
             recorder.event("image_batch", f"At most {self.config.models.image.batch_size} pictures at once fit.")
         environment.images.told = recorder.event
         policy = environment.policy
-        recorder.token_text = policy.token_text
+        if isinstance(recorder, StoreRecorder):
+            recorder.token_text = policy.token_text
         if policy.adapted_layers:
             count = sum(p.numel() for p in policy.trainable().values())
             recorder.event("adapter", f"LoRA on {len(policy.adapted_layers)} layers, {count:,} parameters.")
         judge = make_judge(self.config.evaluation.judge, plan.test, policy)
-        evaluator = Evaluator(environment, judge, plan.test, self.config)
+        evaluator = Evaluator(environment, judge, self.world.share(plan.test), self.config)
         trainer = PureGRPOTrainer(
             self.config, environment, plan.train, recorder, self.control,
             after_step=lambda step, metrics: self._after_step(trainer, recorder, plan, step, metrics),
             judge=judge if all("request" in prompt.meta for prompt in plan.train) else None,
+            world=self.world,
         )  # fmt: skip
         if resuming:
-            self._restore(trainer, recorder)
+            self.world.decide(lambda: self._restore(trainer, recorder))
+        self._align(trainer)
         baseline = self._recorded("baseline")
         if baseline is None:
             recorder.state("baseline")
@@ -199,16 +224,21 @@ class Session:
                 trainer.train()
             except StopRequested:
                 recorder.flush()
-                if trainer.step:
+                if trainer.step:  # on the first rank, which alone is told to stop
                     self._save(trainer, recorder, self._metrics)
                 raise
         recorder.state("evaluating")
         items = self._measure("final", trainer.step, evaluator, recorder, trained=True, beside=baseline)
-        summary = summarise(items, self.config)
+        summary = self.world.decide(lambda: summarise(items, self.config))
         if "sentence" in summary:
             recorder.event("report", summary["sentence"])
 
-    def _restore(self, trainer: PureGRPOTrainer, recorder: StoreRecorder) -> None:
+    def _align(self, trainer: PureGRPOTrainer) -> None:
+        """Every rank begins where the first one stands."""
+        trainer.step, trainer.bad_steps = self.world.decide(lambda: (trainer.step, trainer.bad_steps))
+        self.world.align(trainer.parameters, trainer.optimizer)
+
+    def _restore(self, trainer: PureGRPOTrainer, recorder: AnyRecorder) -> None:
         """Put the trainer where the last checkpoint was, and the store too; without one, begin anew."""
         state: CheckpointState | None = None
         if (self.folder / "checkpoints").is_dir() and any((self.folder / "checkpoints").glob("step-*")):
@@ -225,34 +255,34 @@ class Session:
     def _after_step(
         self,
         trainer: PureGRPOTrainer,
-        recorder: StoreRecorder,
+        recorder: AnyRecorder,
         plan: Plan,
         step: int,
         metrics: dict[str, float | None],
     ) -> None:
         self._metrics = metrics
-        if self._validation_due(step) or self.control.take("evaluate"):
+        if self._validation_due(step) or self.world.decide(lambda: self.control.take("evaluate")):
             self._validate(trainer, recorder, plan, step)
         due = step % self.config.recording.checkpoint_every == 0 or step == self.config.training.steps
-        if due or self.control.take("save"):
+        if self.world.first and (due or self.control.take("save")):
             self._save(trainer, recorder, metrics)
 
     def _validation_due(self, step: int) -> bool:
         every = self.config.evaluation.every
         return bool(every) and step > 0 and step % every == 0 and step < self.config.training.steps
 
-    def _validate(self, trainer: PureGRPOTrainer, recorder: StoreRecorder, plan: Plan, step: int) -> None:
+    def _validate(self, trainer: PureGRPOTrainer, recorder: AnyRecorder, plan: Plan, step: int) -> None:
         prompts = plan.validation or plan.test
         judge = make_judge(self.config.evaluation.judge, prompts, trainer.policy)
-        evaluator = Evaluator(trainer.environment, judge, prompts, self.config)
+        evaluator = Evaluator(trainer.environment, judge, self.world.share(prompts), self.config)
         recorder.state("evaluating")
-        items = [item for arm in evaluator.arms(trained=False) + evaluator.arms(trained=True)
-                 for item in evaluator.measure(arm, poll=self.control.poll, told=recorder.phase)]  # fmt: skip
+        items = self._measured(evaluator.arms(trained=False) + evaluator.arms(trained=True), evaluator, recorder)
         split = "validation" if plan.validation else "test"
-        recorder.evaluation(Evaluation("validation", step, split, items, summarise(items, self.config)))
+        summary = self.world.decide(lambda: summarise(items, self.config))
+        recorder.evaluation(Evaluation("validation", step, split, items, summary))
         recorder.state("training")
 
-    def _save(self, trainer: PureGRPOTrainer, recorder: StoreRecorder, metrics: dict[str, float | None]) -> None:
+    def _save(self, trainer: PureGRPOTrainer, recorder: AnyRecorder, metrics: dict[str, float | None]) -> None:
         """A checkpoint, never newer than what is recorded."""
         recorder.flush()
         save_checkpoint(
@@ -272,28 +302,54 @@ class Session:
         kind: str,
         step: int,
         evaluator: Evaluator,
-        recorder: StoreRecorder,
+        recorder: AnyRecorder,
         *,
         trained: bool,
         beside: list[EvaluationItem] | None = None,
     ) -> list[EvaluationItem]:
         """Measure the baseline's or the trained arms and record them; ``beside`` joins the summary."""
-        items: list[EvaluationItem] = []
-        for arm in evaluator.arms(trained):
-            items.extend(evaluator.measure(arm, poll=self.control.poll, told=recorder.phase))
+        items = self._measured(evaluator.arms(trained), evaluator, recorder)
         everything = [*(beside or []), *items]
-        recorder.evaluation(Evaluation(kind, step, "test", items, summarise(everything, self.config)))
+        summary = self.world.decide(lambda: summarise(everything, self.config))
+        recorder.evaluation(Evaluation(kind, step, "test", items, summary))
         return [replace(item, picture=None) for item in everything]
 
+    def _measured(self, arms: Sequence[str], evaluator: Evaluator, recorder: AnyRecorder) -> list[EvaluationItem]:
+        """All items of ``arms`` on the first rank, on another those of its share of the prompts."""
+        return [
+            item
+            for arm in arms
+            for item in self.world.collect(evaluator.measure(arm, poll=self.control.poll, told=recorder.phase))
+        ]
+
     def _validated(self, step: int) -> bool:
-        return any(row.kind == "validation" and row.step == step for row in self.store.evaluations(self.run_id))
+        rows = self.world.decide(lambda: self.store.evaluations(self.run_id))
+        return any(row.kind == "validation" and row.step == step for row in rows)
 
     def _recorded(self, kind: str) -> list[EvaluationItem] | None:
         """Items of an evaluation that an earlier session of this run already made, without pictures."""
+        return self.world.decide(lambda: self._stored(kind))
+
+    def _stored(self, kind: str) -> list[EvaluationItem] | None:
         for row in self.store.evaluations(self.run_id):
             if row.kind == kind:
                 return [_as_item(item) for item in self.store.evaluation_items(row.id)]
         return None
+
+
+class Companion(Session):
+    """The same run on a rank that is not the first: it works its share and has no store."""
+
+    def __init__(self, world: World, control: RunControl) -> None:
+        self.world, self.control, self.loaded = world, control, None
+        self._metrics = {}
+
+    def run(self) -> str:
+        """Learn from the first rank which run it is and go along to its end. What goes wrong here is raised."""
+        config, resuming = self.world.decide(lambda: ({}, False))
+        self.config = RunConfig.parse(config)
+        self._run(Unrecorded(), resuming)
+        return "finished"
 
 
 def _as_item(row: Any) -> EvaluationItem:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import RunConfig
 from .control import RunControl
+from .distributed import ALONE, World
 from .environment import PureGRPOPromptEnvironment
 from .judge import Judge
 from .objective import (
@@ -53,6 +54,8 @@ class PureGRPOTrainer:
         control: polled for stop and pause.
         judge: looks at the pictures of every step, if it is a cheap one; never part of the reward.
         after_step: called with (step, metrics) after each recorded step, for checkpoints and evaluations.
+        world: the ranks that train together: this trainer collects and learns from its share of the groups, and
+            only on the first rank are the recorded step and its metrics those of all groups.
 
     Raises:
         ValueError: if there are fewer training prompts than a step needs.
@@ -67,6 +70,7 @@ class PureGRPOTrainer:
         control: RunControl,
         after_step: Callable[[int, dict[str, float | None]], None] = lambda step, metrics: None,
         judge: Judge | None = None,
+        world: World = ALONE,
     ) -> None:
         if len(prompts) < config.training.batch_size:
             raise ValueError(
@@ -76,6 +80,7 @@ class PureGRPOTrainer:
         self.config, self.environment, self.prompts = config, environment, list(prompts)
         self.policy = environment.policy
         self.recorder, self.control, self.after_step = recorder, control, after_step
+        self.world = world
         self.judge = judge if judge is not None and judge.cheap else None
         self.parameters = list(self.policy.trainable().values())
         training = config.training
@@ -109,6 +114,7 @@ class PureGRPOTrainer:
             groups, resampled = self.collect(step)
             self.assign_advantages(groups)
             update = self.update(groups, step)
+            groups = self.world.collect(groups)
 
             self._report_ratio(update["ratio_error"])
             metrics = self._metrics(groups, update, resampled, time.perf_counter() - begun)
@@ -132,23 +138,29 @@ class PureGRPOTrainer:
         return [self.prompts[i] for i in order[place * size : (place + 1) * size]]
 
     def collect(self, step: int) -> tuple[list[Group], int]:
-        """Scored groups for one step, and how many were thrown away for lack of spread (dynamic sampling)."""
-        groups = list(self._rollout(self.batch(step), step, attempt=0))
+        """This rank's scored groups of a step, and how many of all ranks' were thrown away for lack of spread
+        (dynamic sampling).
+        """
+        batch = self.batch(step)
+        mine = self.world.share(range(len(batch)))  # places in the batch
+        groups = list(self._rollout([batch[place] for place in mine], step, attempt=0))
         resampled = 0
-        spare = self._spares(step, groups)
+        spare = self._spares(step, batch)
         for attempt in range(1, self.config.objective.dynamic_sampling + 1):
-            dead = [i for i, flat in enumerate(self._flat(groups)) if flat]
-            chosen = [prompt for _, prompt in zip(dead, spare, strict=False)]
+            dead = [place for place, flat in enumerate(self._flat(self._all_rewards(groups))) if flat]
+            chosen = dict(zip(dead, spare, strict=False))
             if not chosen:
                 break
-            for index, group in zip(dead, self._rollout(chosen, step, attempt), strict=False):
-                groups[index] = group
-                resampled += 1
+            own = {place: prompt for place, prompt in chosen.items() if place in mine}
+            if own:
+                for place, group in zip(own, self._rollout(list(own.values()), step, attempt), strict=True):
+                    groups[place - mine[0]] = group
+            resampled += len(chosen)
         return groups, resampled
 
-    def _spares(self, step: int, groups: Sequence[Group]) -> Iterator[Prompt]:
+    def _spares(self, step: int, batch: Sequence[Prompt]) -> Iterator[Prompt]:
         """Prompts that are not part of the step, in a seeded order."""
-        used = {group.prompt.id for group in groups}
+        used = {prompt.id for prompt in batch}
         order = numpy_generator(self.config.seed, "spare", step).permutation(len(self.prompts))
         return (self.prompts[i] for i in order if self.prompts[i].id not in used)
 
@@ -165,23 +177,31 @@ class PureGRPOTrainer:
                 self._seconds[phase] += seconds
             yield group
 
-    def _flat(self, groups: Sequence[Group]) -> list[bool]:
+    def _all_rewards(self, groups: Sequence[Group]) -> Tensor:
+        """Rewards of all groups of the step, float32 (P, G), from every rank's ``groups``."""
+        return torch.cat(self.world.gather(_rewards(groups)))
+
+    def _flat(self, rewards: Tensor) -> list[bool]:
         objective = self.config.objective
-        rewards = torch.stack([group.rewards for group in groups])
         return zero_spread_groups(rewards, objective.min_std, unbiased=objective.unbiased).tolist()
 
     def assign_advantages(self, groups: Sequence[Group]) -> None:
-        """Set every group's advantages from the rewards of the step."""
+        """Set every group's advantages from their rewards.
+
+        With ``objective.scale=batch`` they depend on all groups of the step, those of the other ranks included.
+        """
         objective = self.config.objective
+        pooled = objective.scale == "batch"
         advantages = group_advantages(
-            torch.stack([group.rewards for group in groups]),
+            self._all_rewards(groups) if pooled else _rewards(groups),
             scale=objective.scale,
             baseline=objective.baseline,
             eps=objective.epsilon,
             unbiased=objective.unbiased,
             min_std=objective.min_std,
         )
-        for group, values in zip(groups, advantages, strict=True):
+        own = self.world.share(list(advantages)) if pooled else advantages
+        for group, values in zip(groups, own, strict=True):
             group.advantages = values
 
     # -- the update --------------------------------------------------------------------------------------
@@ -211,11 +231,14 @@ class PureGRPOTrainer:
         }
 
     def _minibatches(self, groups: Sequence[Group], step: int, epoch: int) -> list[list[Group]]:
-        count = self.config.training.minibatches
-        order: Sequence[int] = range(len(groups))
+        """This rank's groups in each minibatch of the whole step; a minibatch may have none of them."""
+        count, total = self.config.training.minibatches, len(groups) * self.world.size
+        mine = self.world.share(range(total))
+        order: Sequence[int] = range(total)
         if count > 1:
-            order = numpy_generator(self.config.seed, "minibatch", step, epoch).permutation(len(groups)).tolist()
-        return [[groups[i] for i in part] for part in np.array_split(np.asarray(order), count)]
+            order = numpy_generator(self.config.seed, "minibatch", step, epoch).permutation(total).tolist()
+        parts = np.array_split(np.asarray(order), count)
+        return [[groups[place - mine[0]] for place in part if place in mine] for part in parts]
 
     def learning_rate(self, step: int) -> float:
         """AdamW's rate at ``step`` (from 1): linear warm-up, then the schedule."""
@@ -237,12 +260,13 @@ class PureGRPOTrainer:
         """
         objective = self.config.objective
         how, longest = objective.aggregation, self.config.sampling.max_new_tokens
-        size = sum(aggregate_size(g.completions.mask, how=how, max_tokens=longest) for g in groups)
+        own_size = sum(aggregate_size(g.completions.mask, how=how, max_tokens=longest) for g in groups)
+        size = sum(self.world.gather(own_size))
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
         self.policy.model.train()
         try:
-            for group, flat in zip(groups, self._flat(groups), strict=True):
+            for group, flat in zip(groups, self._flat(_rewards(groups)) if groups else [], strict=True):
                 if first:  # a stop after the first optimiser step of a batch would save a step that is half done
                     self.control.poll()
                 rows = self.config.training.update_rows or len(group)
@@ -257,6 +281,8 @@ class PureGRPOTrainer:
                 group.kl, group.shift = torch.cat(kl_rows), torch.cat(shift_rows)
         finally:
             self.policy.model.eval()
+        self.world.sum_gradients(self.parameters)
+        sums = self.world.sum_figures(sums, largest=("ratio_error",))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)
         good = bool(torch.isfinite(norm)) and math.isfinite(sums["total_loss"])
         if good:
@@ -361,7 +387,7 @@ class PureGRPOTrainer:
             "avg_advantage": float(advantages.mean()),
             "advantage_p10": float(advantages.quantile(0.1)),
             "advantage_p90": float(advantages.quantile(0.9)),
-            "zero_spread_share": float(np.mean(self._flat(groups))),
+            "zero_spread_share": float(np.mean(self._flat(_rewards(groups)))),
             "resampled_groups": float(resampled),
             "completion_tokens": mean_length(groups),
             "rewrite_words": float(np.mean([len(text.split()) for text in rewrites])) if rewrites else None,
@@ -376,3 +402,8 @@ class PureGRPOTrainer:
             **{f"seconds_{phase}": value for phase, value in self._seconds.items()},
         }
         return figures | update
+
+
+def _rewards(groups: Sequence[Group]) -> Tensor:
+    """Float32 (P, G)."""
+    return torch.stack([group.rewards for group in groups])
