@@ -22,7 +22,7 @@ from typing import Any
 
 BEAT_S = 1.0  # seconds between two signs of life
 SILENCE_S = 40.0  # without one for so long, a rank is dead
-ALARM_S = 6.0  # the same once there is a reason to suspect it: a signal, or a connection that broke
+ALARM_S = 10.0  # the same once there is a reason to suspect it: a signal, or a connection that broke
 GRACE_S = 10.0  # for the trainer to notice a loss by itself before the process is ended over its head
 FAREWELL_S = 5.0  # how long the first rank waits for the others to hear that it is over
 
@@ -80,7 +80,9 @@ class Watch:
         """Why something between the ranks went wrong with ``error``; waits until it is known."""
         self._alarmed.set()
         self._told.wait(self.silence + ALARM_S)
-        return self.lost or RankLost(f"The ranks lost each other ({error}); the run can be resumed.")
+        if self._told.is_set() and self.lost is None:
+            threading.Event().wait()  # the run is over, and the watch about to end this process
+        return self.lost or RankLost(f"The ranks lost each other ({_short(error)}); resume the run.")
 
     def leave(self) -> None:
         """The end: the first rank tells the others, they wait to be told. No signal is caught afterwards."""
@@ -115,7 +117,7 @@ class Watch:
             except RuntimeError as error:  # torch's network errors: the store's host is gone for good
                 self.lost = _StoreGone(
                     f"The launcher that holds the ranks together can't be reached any more ({_short(error)}); "
-                    "the run can be resumed."
+                    "resume the run."
                 )
             if self.lost is not None:
                 self._end_lost(self.lost)
@@ -133,7 +135,8 @@ class Watch:
 
     def _look_at_others(self) -> None:
         others = range(1, self.size)
-        limit = ALARM_S if self._alarmed.is_set() or self._signalled_at is not None else self.silence
+        alarmed = self._alarmed.is_set() or self._signalled_at is not None
+        limit = min(ALARM_S, self.silence) if alarmed else self.silence
         for rank in others:
             silent = self._silent_for(rank)
             if self._store.check([f"failed/{rank}"]):

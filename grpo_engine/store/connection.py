@@ -5,7 +5,8 @@ other processes wait. Readers see the last committed state, never part of a tran
 the writer (write-ahead log). A reader connection is lent to one thread at a time from a small pool: kept
 per thread, those of an app's short-lived worker threads would pile up.
 
-The write-ahead log is shared memory: all processes that use a database at one time must be on one machine.
+The write-ahead log is shared memory: all processes that use a database at one time must be on one machine. On a
+network file system a rollback journal takes its place (see ``journal.py``); readers then wait for a commit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TypeVar
 
 from sqlite_utils import Database
 
+from .journal import JournalError, journal_for
 from .schema import APPLICATION_ID, application_id, migrations, unknown_migrations, upgrade
 
 T = TypeVar("T")
@@ -89,7 +91,7 @@ class Connections:
                 yield db
                 if visible:
                     db.execute("UPDATE clock SET revision = revision + 1")
-                db.commit()
+                _patiently(db.commit)  # with a rollback journal it waits for readers to be done
             except BaseException:
                 db.rollback()
                 raise
@@ -139,13 +141,20 @@ class Connections:
 
     def _inspect(self) -> None:
         """Refuse a file that is not ours to use, without changing it or leaving anything beside it."""
-        alone, before = not _log_of(self.path).exists(), self.path.stat()
+        alone, before = not _in_use(self.path), self.path.stat()
+        # A rollback journal may be that of a process that died: then only who may write can undo its last steps.
+        shared = SHARED if self.read_only or not _journal_of(self.path).exists() else "mode=rw"
         try:
-            self._refuse_strange(IMMUTABLE if alone else SHARED)
-        except (StoreError, sqlite3.Error):
+            self._refuse_strange(IMMUTABLE if alone else shared)
+        except (StoreError, sqlite3.Error) as error:
             after = self.path.stat()
             same = (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
-            if not alone or (same and not _log_of(self.path).exists()):
+            if self.read_only and "readonly" in str(error) and _journal_of(self.path).exists():
+                raise StoreError(
+                    f"{self.path} was left in the middle of a write; open it once for writing, as "
+                    "'python -m grpo_engine runs' does."
+                ) from error
+            if not alone or (same and not _in_use(self.path)):
                 raise
             self._refuse_strange(SHARED)  # somebody began to write while it was being read as if nobody did
         if self.read_only:
@@ -196,6 +205,8 @@ def plain_errors(path: Path) -> Iterator[None]:
         raise StoreError(_sentence(path, error)) from error
     except OSError as error:
         raise StoreError(f"{path} cannot be used: {error.strerror or error}; choose another with --db.") from error
+    except JournalError as error:
+        raise StoreError(str(error)) from error
     except (UnicodeEncodeError, OverflowError) as error:
         raise StoreError(f"{path} cannot hold a value: {error}; correct the text or the number.") from error
 
@@ -241,10 +252,14 @@ def _holds_bytes(path: Path, *, read_only: bool) -> bool:
 def _open_writer(path: Path) -> Database:
     db = _connect(path, "mode=rwc")
     try:
-        _patiently(db.enable_wal)
-        # Survives the death of the process at any moment; of the machine, up to the last checkpoint().
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("PRAGMA journal_size_limit = 67108864")
+        if journal_for(path) == "wal":
+            _patiently(db.enable_wal)
+            # Survives the death of the process at any moment; of the machine, up to the last checkpoint().
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA journal_size_limit = 67108864")
+        else:
+            _patiently(lambda: _enable_rollback(db))
+            db.execute("PRAGMA synchronous = FULL")
         _patiently(lambda: db.execute("BEGIN IMMEDIATE"))
         try:
             upgrade(db)
@@ -255,6 +270,12 @@ def _open_writer(path: Path) -> Database:
         db.close()
         raise
     return db
+
+
+def _enable_rollback(db: Database) -> None:
+    (mode,) = db.execute("PRAGMA journal_mode = DELETE").fetchone()
+    if mode != "delete":  # SQLite does not say why: somebody else still uses the write-ahead log
+        raise sqlite3.OperationalError("database is locked")
 
 
 def _connect(path: Path, options: str) -> Database:
@@ -288,3 +309,12 @@ def _patiently(action: Callable[[], T]) -> T:
 
 def _log_of(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
+
+
+def _journal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-journal")
+
+
+def _in_use(path: Path) -> bool:
+    """Whether somebody writes, or died writing."""
+    return _log_of(path).exists() or _journal_of(path).exists()

@@ -1,0 +1,323 @@
+"""Ranks: several processes are one run. Real processes over gloo, launched as the README says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from engine_runs import StopAtPoll, flags, recorded, small, wait_until
+from safetensors.torch import load_file
+
+from grpo_engine.config import ROOT, ConfigError
+from grpo_engine.distributed import ALONE, World
+from grpo_engine.manager import execute
+from grpo_engine.session import Plan
+from grpo_engine.store import Store
+
+# -- what ranks do together, without models ------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """Of all ranks of a scenario: exit codes, and what the first one found."""
+
+    codes: list[int]
+    found: dict[str, Any]
+
+
+def play(scenario: str, size: int = 2) -> Outcome:
+    """One process a rank, started without any launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "tests/rank_scenarios.py", scenario],
+            cwd=ROOT,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        answers = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    lines = answers[0][0].splitlines()
+    assert lines, answers
+    return Outcome([rank.returncode for rank in ranks], json.loads(lines[-1]))
+
+
+def test_ranks_share_sum_decide_and_gather() -> None:
+    outcome = play("together", size=3)
+    assert outcome.codes == [0, 0, 0]
+    ranks = outcome.found["ranks"]
+    for rank in ranks:
+        assert rank["weights"] == ranks[0]["weights"], "all begin from the first rank's"
+        assert rank["weights"][0] == [1.0, 2.0]
+        assert rank["moment"] == ranks[0]["moment"] == pytest.approx([1.0, 0.1])
+        assert rank["gradients"] == [[3.0, 3.0], [6.0, 6.0], None]
+        assert rank["decided"] == "by rank 0"
+        assert rank["figures"] == {"loss": 3.0, "error": 2.0}
+        assert rank["refused"] == "On rank 1 of 3: this machine has no such folder."
+    assert [rank["shares"] for rank in ranks] == [
+        [[0, 1], [0, 1], []],
+        [[2, 3], [2, 3], [0]],
+        [[4, 5], [4, 5, 6], [1]],
+    ]
+    assert [rank["collected"] for rank in ranks] == [[0, 1, 1, 2, 2, 2], [1, 1], [2, 2, 2]]
+
+
+@pytest.mark.parametrize("scenario", ["death", "death_in_exchange"])
+def test_the_death_of_a_rank_is_noticed_without_a_launcher(scenario: str) -> None:
+    outcome = play(scenario)
+    assert outcome.codes == [0, -signal.SIGKILL]
+    assert outcome.found["raised"] == "RankLost"
+    assert re.fullmatch(
+        r"Rank 1 of 2 \(process \d+ on .+\) died: no sign of life for \d+ seconds; resume the run\.",
+        outcome.found["said"],
+    )
+    assert outcome.found["seconds"] < 40
+
+
+def test_a_rank_that_cannot_hear_of_a_loss_is_ended_after_it_is_recorded() -> None:
+    outcome = play("stuck")
+    assert outcome.codes == [1, -signal.SIGKILL]
+    assert "died" in outcome.found["stuck"]
+
+
+def test_a_rank_that_fails_tells_the_first_one_why() -> None:
+    outcome = play("failure")
+    assert outcome.codes == [0, 1]
+    assert outcome.found["said"].startswith("Rank 1 of 2 (process ")
+    assert outcome.found["said"].endswith(") failed: OutOfMemoryError: no room left.")
+
+
+def test_a_signal_to_any_rank_stops_the_run_and_no_rank_is_left_waiting() -> None:
+    outcome = play("stop")
+    assert outcome.codes == [0, 0]
+    assert outcome.found["raised"] == "StopRequested"
+
+
+def test_a_step_that_ranks_cannot_share_evenly_is_refused() -> None:
+    world = World()
+    world.size = 2
+    with pytest.raises(ConfigError) as caught:
+        Plan(small("training.batch_size=3"), world)
+    assert str(caught.value) == (
+        "training.batch_size is 3, but 2 ranks share a step in whole groups; set it to a multiple of 2, "
+        "or start another number of ranks."
+    )
+
+
+def test_a_single_rank_owns_everything() -> None:
+    assert list(ALONE.share(range(3))) == [0, 1, 2]
+    assert ALONE.gather("x") == ["x"]
+    assert (ALONE.first, ALONE.collect([1, 2]), ALONE.decide(lambda: 5)) == (True, [1, 2], 5)
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------
+
+# Rewards divided by the batch's spread, minibatches, replaced prompts, and validations: all of them need all groups.
+STEPS = 3
+SETTINGS = (
+    "models.image.dtype=float32",
+    "training.batch_size=4",
+    "training.minibatches=2",
+    f"training.steps={STEPS}",
+    "sampling.num_rollouts=2",
+    "objective.scale=batch",
+    "objective.aggregation=token",
+    "objective.dynamic_sampling=1",
+    "objective.min_std=10",
+    "evaluation.prompts=3",
+    "evaluation.every=2",
+    "evaluation.validation_prompts=3",
+    "recording.checkpoint_every=1",
+)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+ACCELERATE = (
+    sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two-cells.yaml",
+    "--main_process_port", "0", "-m",
+)  # fmt: skip
+
+
+def start(launcher: Sequence[str], *arguments: object) -> subprocess.Popen[str]:
+    """``arguments`` of the command line on two ranks."""
+    return subprocess.Popen(
+        [*launcher, "grpo_engine", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def carry(launcher: Sequence[str], *arguments: object) -> tuple[int, str]:
+    """Exit code and output of it, once it has ended."""
+    with start(launcher, *arguments) as process:
+        try:
+            output, _ = process.communicate(timeout=280)
+        finally:
+            process.kill()
+    return process.returncode, output
+
+
+@dataclass
+class Done:
+    """A run that has ended."""
+
+    store: Store
+    run: str
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """The run in one process."""
+    with Store(tmp_path_factory.mktemp("single") / "runs.db") as store:
+        run_id = store.create_run(small(*SETTINGS))
+        assert execute(store, run_id) == "finished", store.run(run_id).error
+        yield Done(store, run_id)
+
+
+def adapter(done: Done) -> torch.Tensor:
+    """All trained weights of the last checkpoint as one vector."""
+    folder = done.store.run_dir(done.run) / "checkpoints" / f"step-{STEPS:06d}"
+    weights = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def assert_alike(one: Done, other: Done) -> None:
+    """The same run up to the order of sums: the same rewrites, pictures and prompts, all figures close."""
+    assert other.store.check() == []
+    assert other.store.run(other.run).state == "finished"
+    mine, theirs = recorded(one.store, one.run), recorded(other.store, other.run)
+    for name in mine:
+        if name != "ratio_error":  # is nothing but the order of sums
+            np.testing.assert_allclose(theirs[name], mine[name], rtol=2e-3, atol=2e-4, err_msg=name)
+    for step in range(1, STEPS + 1):
+        rows, others = one.store.rollouts(one.run, step), other.store.rollouts(other.run, step)
+        assert [(row.g, row.k, row.prompt, row.rewrite, row.latent_seed) for row in others] == [
+            (row.g, row.k, row.prompt, row.rewrite, row.latent_seed) for row in rows
+        ]
+        assert [row.reward for row in others] == pytest.approx([row.reward for row in rows], abs=1e-3)
+        assert [row.advantage for row in others] == pytest.approx([row.advantage for row in rows], abs=1e-3)
+        assert all(other.store.file(row.image).is_file() for row in others if row.image)
+        assert all(row.image and row.token_kl is not None for row in others if row.rewrite is not None)
+    for left, right in zip(one.store.evaluations(one.run), other.store.evaluations(other.run), strict=True):
+        assert (right.kind, right.step, right.split) == (left.kind, left.step, left.split)
+        items, others_items = one.store.evaluation_items(left.id), other.store.evaluation_items(right.id)
+        assert [(i.arm, i.prompt_id, i.index, i.rewrite) for i in others_items] == [
+            (i.arm, i.prompt_id, i.index, i.rewrite) for i in items
+        ]
+        assert [i.reward for i in others_items] == pytest.approx([i.reward for i in items], abs=1e-3)
+    difference = (adapter(one) - adapter(other)).norm() / adapter(one).norm()
+    assert difference < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_make_the_run_that_one_process_makes(single: Done, tmp_path: Path) -> None:
+    code, output = carry(TORCHRUN, "train", "--db", tmp_path / "runs.db", *flags(*SETTINGS))
+    assert code == 0, output
+    with Store(tmp_path / "runs.db") as store:
+        (run,) = store.runs()
+        assert_alike(single, Done(store, run.id))
+        figures = store.steps(run.id, ["resampled_groups", "zero_spread_share"])
+        assert figures["resampled_groups"].sum() > 0
+        assert figures["zero_spread_share"].mean() < 1, "else nothing was learned"
+        placed = [event.message for event in store.events(run.id, limit=None) if event.kind == "placement"]
+        assert [text[:7] for text in placed] == ["rank 0:", "rank 1:"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_stopped_in_one_process_goes_on_in_two(single: Done, tmp_path: Path) -> None:
+    class StopAtStep(StopAtPoll):
+        def poll(self) -> None:
+            if store.run(run_id).step == 1:
+                self.command("stop")
+            super().poll()
+
+    with Store(tmp_path / "runs.db") as store:
+        run_id = store.create_run(small(*SETTINGS))
+        assert execute(store, run_id, StopAtStep()) == "stopped"
+        code, output = carry(ACCELERATE, "resume", run_id, "--db", store.path)
+        assert code == 0, output
+        assert store.run(run_id).resumed_count == 1
+        assert_alike(single, Done(store, run_id))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in_one_process(
+    single: Done, tmp_path: Path
+) -> None:
+    db = tmp_path / "runs.db"
+    with start(TORCHRUN, "train", "--db", db, *flags(*SETTINGS)) as launcher:
+        try:
+            wait_until(lambda: db.exists() and step_of(db) >= 1, 250)
+            ranks = psutil.Process(launcher.pid).children()
+            (victim,) = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+            killed = time.monotonic()
+            victim.kill()
+            launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+    assert launcher.returncode != 0
+    with Store(db) as store:
+        (run,) = store.runs()
+        assert run.state == "failed"
+        assert time.monotonic() - killed < 60
+        assert re.fullmatch(
+            r"Rank 1 of 2 \(process \d+ on .+\) died: no sign of life for .*resume the run\.", run.error
+        )
+        assert execute(store, run.id) == "finished"
+        assert_alike(single, Done(store, run.id))
+
+
+def step_of(db: Path) -> int:
+    """Steps recorded of the only run."""
+    with Store(db, read_only=True) as store:
+        rows = store.runs()
+        return rows[0].step if rows else 0
+
+
+# -- files for clusters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["two-cells", "multi-node"])
+def test_accelerate_reads_its_configuration(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    assert str(config.distributed_type.value) == "MULTI_GPU"
+    text = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert config.num_processes == text["num_processes"] == (2 if name == "two-cells" else 4)
+    assert config.num_machines == (1 if name == "two-cells" else 2)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "configs" / "slurm").glob("*.slurm")), ids=lambda path: path.name)
+def test_a_batch_script_is_valid_bash(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False).stderr == ""
