@@ -24,7 +24,6 @@ NETWORK = frozenset({
     "smbfs", "sshfs", "virtiofs", "webdav", "wekafs",
 })
 # fmt: on
-)
 
 
 class JournalError(ValueError):
