@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
 from .config import ConfigError
 from .control import RunControl
@@ -113,7 +114,7 @@ class Ranks(World):
         store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=JOIN_S))
         self.watch = Watch(store.clone(), rank, size, silence=silence)
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=UNLIMITED
+            "gloo", store=PrefixStore("group", store), rank=rank, world_size=size, timeout=UNLIMITED
         )
         self._gpu_group: Any = None
 
@@ -224,7 +225,7 @@ def join(*, silence: float = SILENCE_S) -> Ranks:
             "or accelerate launch, or unset WORLD_SIZE for a single one."
         )
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
         local = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", size))
         world = Ranks(store, rank, size, *local, silence=silence)
     except (RuntimeError, ValueError) as error:

@@ -114,8 +114,12 @@ def resolve_cell(
     cell = [f"cuda:{index}" for index in range(needed)] if gpus else []
     found = resolve(config, [*cell, "cpu"])
     first = local_rank * needed
-    shifted = {role: _shifted(device, first) for role, device in (("policy", found.policy), ("reward", found.reward))}
-    return replace(found, images=tuple(_shifted(device, first) for device in found.images), **shifted)
+    return replace(
+        found,
+        policy=_shifted(found.policy, first),
+        images=tuple(_shifted(device, first) for device in found.images),
+        reward=_shifted(found.reward, first),
+    )
 
 
 def _shifted(device: torch.device, by: int) -> torch.device:

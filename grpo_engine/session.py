@@ -346,9 +346,9 @@ class Companion(Session):
 
     def run(self) -> str:
         """Learn from the first rank which run it is and go along to its end. What goes wrong here is raised."""
-        config, resuming = self.world.decide(lambda: ({}, False))
-        self.config = RunConfig.parse(config)
-        self._run(Unrecorded(), resuming)
+        orders: tuple[dict[str, Any], bool] = self.world.decide(lambda: ({}, False))
+        self.config = RunConfig.parse(orders[0])
+        self._run(Unrecorded(), resuming=orders[1])
         return "finished"
 
 

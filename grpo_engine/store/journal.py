@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 Journal = Literal["wal", "rollback"]
 
@@ -40,11 +40,11 @@ def journal_for(path: Path, mounts: Iterable[tuple[str, str]] | None = None) -> 
         JournalError: see there.
     """
     chosen = os.environ.get(VARIABLE, "auto")
-    if chosen == "wal" or chosen == "rollback":
-        return chosen
-    if chosen != "auto":
+    if chosen not in ("auto", *get_args(Journal)):
         raise JournalError(f"{VARIABLE} is {chosen!r}; set it to auto, wal or rollback.")
-    return "rollback" if is_network(filesystem(path, mounts)) else "wal"
+    if chosen == "auto":
+        return "rollback" if is_network(filesystem(path, mounts)) else "wal"
+    return cast(Journal, chosen)
 
 
 def is_network(kind: str) -> bool:
