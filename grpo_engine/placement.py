@@ -106,6 +106,8 @@ def resolve_cell(
     plan = _fitting(each) if config.plan == "auto" else config.plan
     used = [name for names in _chosen(config, plan).values() for name in names if name != "cpu"]
     needed = config.gpus_per_cell or max((int(name.rpartition(":")[2]) + 1 for name in used), default=0)
+    if config.plan == "auto" and gpus and "auto" in (config.policy, config.image, config.reward):
+        needed = max(needed, 1)  # with fewer GPUs than ranks: refused, not quietly run on the CPU
     if needed * local_size > len(gpus) and (gpus or used):
         raise ConfigError(
             f"{local_size} ranks on this machine with {needed} GPUs each need {needed * local_size}, but it has "

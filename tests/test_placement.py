@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_engine.config import ConfigError, PlacementConfig, RunConfig
-from grpo_engine.placement import PLANS, Placement, intended, resolve
+from grpo_engine.placement import PLANS, Placement, intended, resolve, resolve_cell
 
 EIGHT = [*(f"cuda:{index}" for index in range(8)), "cpu"]
 
@@ -160,3 +160,53 @@ def test_a_placement_uses_only_devices_that_are_there_or_is_refused(
     assert {str(device) for device in placement.devices} <= set(there)
     assert all(str(asdict(placement)[role]) == name for role, name in overrides.items() if role != "image")
     assert intended(settings, there) == placement
+
+
+# -- cells: several ranks on one machine ---------------------------------------------------------------------
+
+
+def cells(gpus: int, ranks: int, **settings: Any) -> list[tuple[str, list[str], str]]:
+    return [names(resolve_cell(PlacementConfig(**settings), rank, ranks, machine(gpus))) for rank in range(ranks)]
+
+
+def test_each_rank_has_a_cell_of_neighbouring_gpus() -> None:
+    assert cells(6, 2) == [("cuda:0", ["cuda:1"], "cuda:2"), ("cuda:3", ["cuda:4"], "cuda:5")]
+    assert cells(8, 4) == [(f"cuda:{2 * rank}", [f"cuda:{2 * rank + 1}"], f"cuda:{2 * rank + 1}") for rank in range(4)]
+    assert cells(2, 2) == [("cuda:0", ["cuda:0"], "cuda:0"), ("cuda:1", ["cuda:1"], "cuda:1")]
+
+
+def test_a_cell_has_as_many_gpus_as_the_plan_needs_or_as_the_setting_says() -> None:
+    assert cells(8, 2, plan="balanced")[1] == ("cuda:3", ["cuda:4", "cuda:5"], "cuda:5")
+    assert cells(8, 2, plan="one-gpu", gpus_per_cell=4)[1] == ("cuda:4", ["cuda:4"], "cuda:4")
+    assert cells(4, 2, plan="explicit", policy="cuda:1", image="cuda:0", reward="cpu")[1] == (
+        "cuda:3",
+        ["cuda:2"],
+        "cpu",
+    )
+
+
+def test_without_gpus_every_rank_is_on_the_cpu() -> None:
+    assert cells(0, 3) == [("cpu", ["cpu"], "cpu")] * 3
+    assert cells(0, 2, gpus_per_cell=3) == [("cpu", ["cpu"], "cpu")] * 2
+    assert cells(1, 2, policy="cpu", image="cpu", reward="cpu") == [("cpu", ["cpu"], "cpu")] * 2
+    assert cells(4, 2, plan="cpu") == [("cpu", ["cpu"], "cpu")] * 2
+
+
+def test_more_cells_than_the_machine_has_gpus_for_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        cells(5, 2, plan="three-gpu")
+    assert str(caught.value) == (
+        "2 ranks on this machine with 3 GPUs each need 6, but it has 5; start fewer ranks, lower "
+        "placement.gpus_per_cell, or choose another placement.plan."
+    )
+    with pytest.raises(ConfigError, match="2 ranks on this machine with 1 GPUs each need 2, but it has 1; start fewer"):
+        cells(1, 2)
+    with pytest.raises(ConfigError, match="which needs cuda:0 and cuda:1, but"):
+        cells(4, 2, plan="two-gpu", gpus_per_cell=1)
+
+
+@given(ranks=st.integers(1, 8), each=st.integers(1, 5), spare=st.integers(0, 7))
+def test_no_two_cells_share_a_gpu(ranks: int, each: int, spare: int) -> None:
+    found = cells(ranks * each + spare, ranks)
+    used = [device for policy, images, reward in found for device in {policy, *images, reward} if device != "cpu"]
+    assert len(used) == len(set(used))
