@@ -1,4 +1,4 @@
-"""The command line: ``python -m grpo_engine train | resume | evaluate | runs | show | export | import | doctor``.
+"""The command line: ``python -m grpo_engine train`` and further commands, which ``--help`` lists.
 
 Exit codes: 0 done, 1 the run failed, 2 refused input, 130 interrupted.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ConfigError, RunConfig, preset_names
+from .config import ConfigError, RunConfig, preset_names, read_override
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -85,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("show", _show, "one run: settings, state, report")
     sub.add_argument("run", help=run_help)
     sub.add_argument("--json", action="store_true")
+    sub = command("fidelity", _fidelity, "whether a cheap rendering ranks rewrites as a full one does")
+    settings(sub)
+    sub.add_argument("--run", metavar="RUN", help="this run's settings and policy; it keeps the answer")
+    sub.add_argument("--checkpoint", default="last", help="with --run: last, best or a step")
+    sub.add_argument("--steps", type=int, metavar="N", help="denoising steps of the full setting")
+    sub.add_argument(
+        "--full", action="append", default=[], metavar="FIELD=VALUE", help="other models.image settings of it"
+    )
+    sub.add_argument("--groups", type=int, default=24, metavar="N", help="groups to sample (24)")
+    sub.add_argument("--json", action="store_true", help="print the answer as JSON")
     sub = command("export", _export, "write a run's trained policy to a folder, or the whole run to a .zip file")
     sub.add_argument("run", help=run_help)
     sub.add_argument("--to", type=Path, metavar="PATH", help="a folder; for a bundle a file. Needed without --push")
@@ -174,6 +184,42 @@ def _evaluate(options: argparse.Namespace) -> int:
             print(json.dumps(summary, indent=2))
         else:
             print_report(summary)
+    return DONE
+
+
+def _fidelity(options: argparse.Namespace) -> int:
+    from .checkpoint import find_checkpoint
+    from .fidelity import measure_fidelity
+    from .memory import changed_settings
+    from .store import Store
+
+    if options.groups < 2:
+        raise ConfigError(f"--groups is {options.groups}, but an interval needs at least 2.")
+    wanted = [*([f"steps={options.steps}"] if options.steps is not None else []), *options.full]
+    changes = {}
+    for name, value in map(read_override, wanted):
+        if "." in name.removeprefix("models.image."):
+            raise ConfigError(f"--full takes settings of models.image, such as steps=28, not {name!r}.")
+        changes[f"models.image.{name.removeprefix('models.image.')}"] = value
+
+    def told(phase: str, done: int, total: int) -> None:
+        print(f"{phase} {done}/{total}", file=sys.stderr)
+
+    if options.run is None:
+        config = RunConfig.load(options.config, options.set)
+        found = measure_fidelity(config, changed_settings(config, changes), options.groups, told=told)
+    else:
+        if options.set:
+            raise ConfigError("--set is for --config: a run's own settings are compared; leave out --set or --run.")
+        _require_database(options.db)
+        with Store(options.db) as store:
+            row = store.resolve(options.run)
+            config = RunConfig.parse(row.config)
+            checkpoint = find_checkpoint(store.run_dir(row.id), _which(options.checkpoint)).path
+            full = changed_settings(config, changes)
+            found = measure_fidelity(config, full, options.groups, checkpoint=checkpoint, told=told)
+            store.add_event(row.id, "fidelity", found.sentence, checkpoint=checkpoint.name, **found.as_data())
+    print(json.dumps(found.as_data(), indent=2) if options.json else found.sentence)
     return DONE
 
 

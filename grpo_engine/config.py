@@ -496,8 +496,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Write one ``section.field=value`` into nested ``data``; the value is read as YAML."""
+def read_override(override: str) -> tuple[str, Any]:
+    """Name and value of one ``section.field=value``; the value is read as YAML. Raises ConfigError."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"--set takes section.field=value, not {override!r}.")
@@ -507,7 +507,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"The value in --set {override!r} can't be read; put quotes around text.") from error
     if isinstance(value, str) and value == text.strip():  # text in quotes is meant as text
         value = _number(value)
-    *parents, leaf = name.strip().split(".")
+    return name.strip(), value
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Write one ``section.field=value`` into nested ``data``."""
+    name, value = read_override(override)
+    *parents, leaf = name.split(".")
     node = data
     for parent in parents:
         child = node.setdefault(parent, {})

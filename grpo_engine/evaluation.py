@@ -164,7 +164,7 @@ def paired_gain(
 ) -> Gain:
     """Mean of ``after - before``, each float64 (n,) with one value a prompt, and its percentile interval.
 
-    Percentile bootstrap over prompts (Efron 1979).
+    The bootstrap is over prompts.
 
     Raises:
         ValueError: if there are fewer than two prompts or the lengths differ.
@@ -172,16 +172,22 @@ def paired_gain(
     if after.shape != before.shape or after.ndim != 1 or len(after) < 2:
         raise ValueError(f"A paired gain needs two equally long lists of 2 or more, not {after.shape}, {before.shape}.")
     difference = after - before
-    generator = numpy_generator(seed, "bootstrap", len(difference))
+    low, high = bootstrap_mean(difference, resamples=resamples, confidence=confidence, seed=seed)
+    wins = float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+    return Gain(float(difference.mean()), low, high, len(difference), wins)
+
+
+def bootstrap_mean(values: NDArray[np.float64], *, resamples: int, confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron 1979) of the mean of ``values``, float64 (n,)."""
+    generator = numpy_generator(seed, "bootstrap", len(values))
     means = np.empty(resamples)
     for start in range(0, resamples, 1000):  # bounded memory for large sets
         stop = min(start + 1000, resamples)
-        index = generator.integers(0, len(difference), (stop - start, len(difference)))
-        means[start:stop] = difference[index].mean(axis=1)
+        index = generator.integers(0, len(values), (stop - start, len(values)))
+        means[start:stop] = values[index].mean(axis=1)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
-    wins = float((difference > 0).mean() + 0.5 * (difference == 0).mean())
-    return Gain(float(difference.mean()), float(low), float(high), len(difference), wins)
+    return float(low), float(high)
 
 
 def by_prompt(items: Iterable[EvaluationItem], value: Callable[[EvaluationItem], float]) -> dict[str, float]:

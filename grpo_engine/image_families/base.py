@@ -15,6 +15,9 @@ from ..policy import Poll, no_poll
 from ..rollout import Picture, RenderJob
 from ..seeding import derive_seed, normals
 
+AS_LOADED = ("path", "dtype", "use_t5", "t5_on_cpu", "compile")
+"""Settings that decide how a pipeline is loaded; all others are followed while rendering."""
+
 
 class PipelineModel(ABC):
     """A diffusers pipeline that renders a job the same way every time; see ``image_model.ImageModel``.
@@ -66,6 +69,12 @@ class PipelineModel(ABC):
     def passes(cls, config: ImageModelConfig) -> int:
         """Forward passes of a picture in one denoising step: with guidance also one without the text."""
         return 2 if config.guidance > 1.0 else 1
+
+    def with_settings(self, config: ImageModelConfig) -> PipelineModel | None:
+        """The same weights under other settings; None where those would be loaded in another way."""
+        if any(getattr(config, name) != getattr(self.config, name) for name in AS_LOADED):
+            return None
+        return type(self)(self.pipeline, config)
 
     # -- rendering ---------------------------------------------------------------------------------------
 
