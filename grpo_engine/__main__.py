@@ -191,7 +191,6 @@ def _fidelity(options: argparse.Namespace) -> int:
     from .checkpoint import find_checkpoint
     from .fidelity import measure_fidelity
     from .memory import changed_settings
-    from .store import Store
 
     if options.groups < 2:
         raise ConfigError(f"--groups is {options.groups}, but an interval needs at least 2.")
@@ -211,8 +210,7 @@ def _fidelity(options: argparse.Namespace) -> int:
     else:
         if options.set:
             raise ConfigError("--set is for --config: a run's own settings are compared; leave out --set or --run.")
-        _require_database(options.db)
-        with Store(options.db) as store:
+        with _database(options) as store:
             row = store.resolve(options.run)
             config = RunConfig.parse(row.config)
             checkpoint = find_checkpoint(store.run_dir(row.id), _which(options.checkpoint)).path

@@ -125,12 +125,14 @@ def measure_fidelity(
     work = _Work([plan.train[i] for i in order], say)
     cheap_seconds = work.sample(environment, config)
     images, reward = environment.images, environment.reward
-    shared = images.with_settings(full.models.image) if isinstance(images, PipelineModel) else None
-    if shared is None:
+    other: ImageModel | None = None
+    if isinstance(images, PipelineModel):
+        other = images.with_settings(full.models.image)
+    if other is None:
         del environment, images  # both image models at once need not fit
         release_memory()
-        shared = load_images(full, full_plan.placement.image)
-    full_seconds = work.render_fully(shared, reward.score)
+        other = load_images(full, full_plan.placement.image)
+    full_seconds = work.render_fully(other, reward.score)
     correlations, same_best = agreement(work.scores)
     if len(correlations) < 2:
         raise ConfigError(
