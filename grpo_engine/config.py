@@ -62,6 +62,12 @@ class PolicyModelConfig(Section):
 
     path: str = _f("tiny", "'tiny' (embedded), a folder, or a hub id such as Qwen/Qwen2-VL-7B-Instruct.", min_length=1)
     dtype: Dtype = _f("float32", "Number format of the weights; 'auto' is bfloat16 on a GPU, float32 on a CPU.")
+    quantize: Literal["none", "4bit"] = _f(
+        "none",
+        "'4bit' keeps the language model's weights in 4 bits under the adapter (bitsandbytes, GPU only): a third of "
+        "the memory, slower.",
+        advanced=True,
+    )
     adapter: Literal["lora", "full"] = _f("lora", "Train a low-rank adapter, or all weights of the language model.")
     lora: LoraConfig = LoraConfig()
     system: str = _f("", "System message of the chat template; empty = none.", advanced=True)
@@ -86,6 +92,15 @@ class PolicyModelConfig(Section):
         for name in ("template", "question"):
             if getattr(self, name).count("{prompt}") != 1:
                 raise ValueError(f"{name} must contain {{prompt}} exactly once")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_weights_are_whole(self) -> PolicyModelConfig:
+        if self.quantize != "none" and self.adapter == "full":
+            raise ValueError(
+                "quantize is '4bit', but adapter is 'full', and weights of 4 bits can't be trained; set "
+                "models.policy.adapter to 'lora', or quantize to 'none'"
+            )
         return self
 
 
@@ -147,13 +162,42 @@ class RewardWeights(Section):
     clip: float = _f(1.0, "100 x cosine similarity of the picture to the original prompt.", ge=-100, le=100)
     length: float = _f(0.0, "Minus the rewrite's words beyond length_limit.", ge=-100, le=100)
     format: float = _f(0.0, "1 for a rewrite that could be parsed, else 0.", ge=-100, le=100)
+    aesthetic: float = _f(
+        0.0,
+        "What a linear head on CLIP's picture embedding (models.reward.aesthetic) says, about 1 to 10; not computed "
+        "at 0 unless that head is named.",
+        ge=-100,
+        le=100,
+        advanced=True,
+    )
+    vqa: float = _f(
+        0.0,
+        "Probability (0..1) that the untrained policy, asked about the picture, says Yes; not computed at 0. Above 0 "
+        "the judge 'vqa' is no longer independent of the reward.",
+        ge=-100,
+        le=100,
+        advanced=True,
+    )
 
 
 class RewardModelConfig(Section):
     """The model that scores each picture against the original prompt."""
 
-    path: str = _f("tiny", "'tiny' (embedded), a folder, or an open_clip model name such as ViT-B-32.", min_length=1)
-    pretrained: str = _f("", "open_clip's tag of the weights, e.g. openai; empty for 'tiny' or a folder.")
+    path: str = _f(
+        "tiny",
+        "'tiny' (embedded), a folder, an open_clip model name such as ViT-B-32 or ViT-B-16-SigLIP, or hf-hub: and a "
+        "hub id.",
+        min_length=1,
+    )
+    pretrained: str = _f(
+        "", "open_clip's tag of the weights, e.g. openai, or a file of weights; empty for 'tiny', a folder or hf-hub:."
+    )
+    aesthetic: str = _f(
+        "",
+        "Weights of a linear head on this model's picture embedding, such as LAION's aesthetic predictor: a file, or "
+        "owner/name/file on the hub; empty = none.",
+        advanced=True,
+    )
     dtype: Dtype = _f("float32", "Number format; 'auto' is bfloat16 on a GPU, float32 on a CPU.", advanced=True)
     batch_size: int = _f(64, "Most pictures scored at once.", ge=1, le=4096, advanced=True)
     weights: RewardWeights = RewardWeights()
@@ -170,6 +214,15 @@ class RewardModelConfig(Section):
         "'shuffle' deals the rewards of a group out at random: a negative control that must not improve anything.",
         advanced=True,
     )
+
+    @model_validator(mode="after")
+    def _weighted_parts_have_a_model(self) -> RewardModelConfig:
+        if self.weights.aesthetic and not self.aesthetic:
+            raise ValueError(
+                "weights.aesthetic is not 0, but no head is named that could compute it; name the file of its weights "
+                "in models.reward.aesthetic"
+            )
+        return self
 
 
 class ModelsConfig(Section):
@@ -401,6 +454,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"evaluation.samples is {self.evaluation.samples}, more than evaluation.images_per_prompt "
                 f"({self.evaluation.images_per_prompt}); each sample needs a picture of its own"
+            )
+        if self.evaluation.judge == "vqa" and self.models.reward.weights.vqa:
+            raise ValueError(
+                "evaluation.judge is 'vqa', but models.reward.weights.vqa trains on the same question, so it would "
+                "judge nothing; use another judge ('checker' or 'none'), or set that weight to 0"
             )
         return self
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import hub
 from .config import ConfigError, RunConfig
 from .memory import GIB, MemoryPlan, MemoryRefusal, device_memory, plan_memory
 from .placement import Placement, available_devices, compute_dtype, intended
@@ -52,6 +53,7 @@ def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
         "database": db,
         "settings": preset,
         "placement": None if placement is None else placement.describe(),
+        "models": _models(preset, overrides),
         "memory": None if memory is None else memory.as_data() | {"text": memory.as_text()},
         "problems": problems,
     }
@@ -84,6 +86,38 @@ def _planned(preset: str, overrides: Iterable[str]) -> tuple[Placement | None, M
         return placement, None, [problem]
 
 
+def _models(preset: str, overrides: Iterable[str]) -> list[dict[str, Any]]:
+    """Where each configured model is: "embedded", "folder", "cache", or "hub" with GB to download (None = unknown)."""
+    try:
+        config = RunConfig.load(preset, overrides)
+        wanted = hub.repositories(config)
+    except ConfigError:  # which is among the problems
+        return []
+    found: list[dict[str, Any]] = []
+    for section in ("policy", "image", "reward"):
+        path: str = getattr(config.models, section).path
+        own = [one for one in wanted if one.setting.startswith(f"models.{section}.")]
+        where = "embedded" if path == "tiny" else "folder"
+        if not own:
+            found.append({"model": section, "name": path, "where": where, "download_gb": 0.0})
+        for repository in own:
+            size: float | None = 0.0
+            if repository.missing:
+                try:
+                    size = round(hub.look_up(repository).bytes / hub.GB, 2)
+                except ConfigError:  # which is among the problems
+                    size = None
+            state = "hub" if repository.missing else "cache"
+            found.append({"model": section, "name": repository.name, "where": state, "download_gb": size})
+    return found
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    places = {"embedded": "comes with the program", "folder": "in its folder", "cache": "in the cache"}
+    amount = "how much is not known here" if model["download_gb"] is None else f"{model['download_gb']} GB"
+    return f"{model['model']} model {model['name']}: {places.get(model['where'], f'to download ({amount})')}."
+
+
 def _database_problems(db: str) -> list[str]:
     from .store import Store, StoreError
 
@@ -106,6 +140,8 @@ def print_findings(findings: dict[str, Any]) -> None:
     print(f"CPU threads: {findings['cpu_threads']}; bfloat16 {bf16}. Disk: {findings['disk_free_gib']} GiB free.")
     if findings["placement"]:
         print(f"With {findings['settings']}: {findings['placement']}.")
+    for model in findings["models"]:
+        print(_model_line(model))
     if findings["memory"]:
         print("\n".join(findings["memory"]["text"]))
     for problem in findings["problems"]:

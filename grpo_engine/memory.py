@@ -322,7 +322,7 @@ def _advice(
         needed = {device.device: device.needed for device in plan.devices}
         return None if plan.fits is False else Advice(written, needed)
 
-    candidates = _candidates(config)
+    candidates = _candidates(config, placement)
     alone = False
     for name, values in candidates.items():
         if found := next(filter(None, (fitting({name: value}) for value in values)), None):
@@ -348,9 +348,10 @@ def _advice(
         yield found
 
 
-def _candidates(config: RunConfig) -> dict[str, list[Any]]:
+def _candidates(config: RunConfig, placement: Placement) -> dict[str, list[Any]]:
     """Settings that need less memory, and their values from the mildest on; what changes no result comes first."""
     image, policy = config.models.image, config.models.policy
+    packable = placement.policy.type == "cuda" and policy.adapter == "lora" and policy.quantize == "none"
     return {
         "placement.plan": [name for name in PLANS if name not in (config.placement.plan, "cpu")],
         "training.update_rows": _halves(config.training.update_rows or config.sampling.num_rollouts),
@@ -362,6 +363,7 @@ def _candidates(config: RunConfig) -> dict[str, list[Any]]:
         "models.policy.dtype": ["bfloat16"] if policy.dtype in ("auto", "float32") else [],
         "models.image.t5_on_cpu": [True] if image.use_t5 and not image.t5_on_cpu else [],
         "models.image.decode_tile": [side for side in (512, 256) if side < (image.decode_tile or image.resolution)],
+        "models.policy.quantize": ["4bit"] if packable else [],
         "models.image.use_t5": [False] if image.use_t5 else [],
         "models.image.dtype": ["bfloat16"] if image.dtype == "float32" else [],
         "models.image.resolution": [side for side in (768, 512, 256) if side < image.resolution],

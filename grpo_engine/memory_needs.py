@@ -21,6 +21,7 @@ from .placement import compute_dtype
 Kind = Literal["exact", "estimate", "published size", "unknown"]
 KINDS: dict[Source, Kind] = {"files": "exact", "configuration": "exact", "published": "published size"}
 
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 for the scale of 64, 32 for that of 256 scales
 WIDE = 4  # bytes of float32, in which the adapter and all losses are computed
 DECODER_COPIES = 3.25  # tensors of the full-resolution stage alive at once: 3.0 measured, and the convolution's own
 CLIP_COPIES = 12  # tensors (B, tokens, width) alive at once in a block of the vision tower: 12.0 measured
@@ -73,11 +74,18 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
     settings = config.models.policy
     if size is None:
         return Needs("policy", [Item("policy", "everything", None, "unknown")])
-    dtype = compute_dtype(settings.dtype, device)
+    packed = settings.quantize == "4bit"
+    dtype = torch.bfloat16 if packed else compute_dtype(settings.dtype, device)
     weights = _weights("policy", "weights", size.weights, dtype)
+    if packed:
+        saved = size.packable * dtype.itemsize - int(size.packable * NF4)
+        weights = replace(weights, what="weights in 4 bits and bfloat16", bytes=(weights.bytes or 0) - saved)
     if settings.adapter == "lora":
         state = WIDE * size.adapter(settings.lora.rank, settings.lora.targets)  # peft keeps adapters in float32
         stays = [weights, Item("policy", "adapter, its gradients and AdamW's two moments", 4 * state, "exact")]
+        if packed:
+            layer = size.hidden * size.intermediate * dtype.itemsize
+            stays.append(_estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
     else:
         state = dtype.itemsize * (size.weights.elements - size.vision)
         stays = [
@@ -91,9 +99,10 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
     ]
     if device.type == "cuda":  # there AdamW takes the square roots of all second moments at once
         phases.append([_estimate("policy", "AdamW step", state)])
-    if config.evaluation.judge in ("auto", "vqa") and size.pixels_per_token:
+    asked = config.evaluation.judge in ("auto", "vqa") or config.models.reward.weights.vqa != 0
+    if asked and size.pixels_per_token:
         phases.append(_judging(config, size, dtype.itemsize, head))
-    return Needs("policy", stays, phases, through_host=size.weights.converted(dtype))
+    return Needs("policy", stays, phases, through_host=0 if packed else size.weights.converted(dtype))
 
 
 def _kept(config: RunConfig, size: PolicySize) -> tuple[bool, int]:

@@ -84,17 +84,26 @@ class PolicySize:
 
     def adapter(self, rank: int, targets: str) -> int:
         """Elements of a low-rank adapter: rank x (in + out) for each adapted layer (LoRA, arXiv 2106.09685)."""
+        sizes = self._linear_sizes()
+        return rank * self.layers * sum(sum(sizes[name]) for name in ADAPTER_LAYERS[targets])
+
+    @property
+    def packable(self) -> int:
+        """Elements of the language model's linear layers, which a 4-bit policy packs."""
+        return self.layers * sum(wide * high for wide, high in self._linear_sizes().values())
+
+    def _linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """In and out of each linear layer of a block."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sides = {
-            "q_proj": self.hidden + query,
-            "k_proj": self.hidden + key,
-            "v_proj": self.hidden + key,
-            "o_proj": query + self.hidden,
-            "gate_proj": self.hidden + self.intermediate,
-            "up_proj": self.hidden + self.intermediate,
-            "down_proj": self.intermediate + self.hidden,
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key),
+            "v_proj": (self.hidden, key),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
         }
-        return rank * self.layers * sum(sides[name] for name in ADAPTER_LAYERS[targets])
 
 
 @dataclass(frozen=True)

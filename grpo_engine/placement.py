@@ -81,7 +81,8 @@ def resolve(config: PlacementConfig, devices: Sequence[str] | None = None) -> Pl
         missing = [name for name in names if name not in there]
         if missing and wanted != "auto":
             raise ConfigError(
-                f"placement.{role} is {wanted!r}, but this machine has {_listed(there)}; choose there or use 'auto'."
+                f"placement.{role} is {wanted!r}, but this machine has only {_listed(there)}; name one of what it "
+                "has, or 'auto'."
             )
         if missing:
             needed = sorted({name for part in PLANS[plan].values() for name in part})

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from . import hub
 from .checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from .config import ConfigError, RunConfig
 from .environment import parse_rewrite
@@ -94,6 +95,7 @@ class PlaygroundModels:
             return
         self._policy = self._painter = None
         _free()
+        hub.fetch(config, lambda name, done, total: told("phase", name=name, done=done, total=total))
         _refuse_crowding(config, placement, asked)
         told("phase", name="loading the image model", done=0, total=0)
         images = _loaded("image model", lambda: load_images(config, placement.image))
@@ -114,7 +116,15 @@ class PlaygroundModels:
                 f"This run rewrites with {models.path} in {models.dtype}, but the models chosen are "
                 f"{config.models.policy.path} in {config.models.policy.dtype}; choose this run's models to use it."
             )
-        key = (models.path, models.dtype, models.adapter, models.lora, models.gradient_checkpointing, placement.policy)
+        key = (
+            models.path,
+            models.dtype,
+            models.quantize,
+            models.adapter,
+            models.lora,
+            models.gradient_checkpointing,
+            placement.policy,
+        )
         if self._policy is None or self._policy[0] != key:
             self._policy = None
             _free()

@@ -74,6 +74,14 @@ def adapter_layers(model: nn.Module, targets: str) -> list[str]:
     return names
 
 
+def unquantized_layers(model: nn.Module) -> list[str]:
+    """Full names of the linear layers that keep their format in a 4-bit policy: all but the language model's."""
+    inside = {id(module) for module in language_model(model).modules()}
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside
+    ]
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end a completion, by the model's generation settings and by the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)

@@ -44,6 +44,8 @@ STEP_METRICS: dict[str, str] = {
     "reward_clip": "mean raw clip part: 100 x cosine",
     "reward_length": "mean raw length part",
     "reward_format": "mean raw format part",
+    "reward_aesthetic": "mean raw aesthetic part, where its head is loaded",
+    "reward_vqa": "mean raw vqa part: probability of Yes (0..1), where its weight is not 0",
     "judge_mean": "mean judge score of the step's pictures, where the judge is cheap enough to run (0..1)",
     "zero_spread_share": "share of groups whose rewards do not differ",
     "resampled_groups": "groups thrown away and resampled for lack of spread",

@@ -11,7 +11,7 @@ With several ranks, the first one is the :class:`Session`, which has the store; 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .distributed import ALONE, RankLost, World
 from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
 from .judge import make_judge
-from .loading import load_environment, read_prompts
+from .loading import check_models, load_environment, read_prompts
 from .memory import changed_settings, plan_memory
 from .placement import Placement, apply_threads, resolve, resolve_cell
 from .prompts import Prompt, PromptSet
@@ -62,10 +62,7 @@ class Plan:
             if world.local_size == 1
             else resolve_cell(config.placement, world.local_rank, world.local_size)
         )
-        for part in ("policy", "image", "reward"):
-            path: str = getattr(config.models, part).path
-            if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
-                raise ConfigError(f"models.{part}.path is {path!r}, but there is no such folder; give another.")
+        self.downloads = check_models(config, self.placement)
         self.prompts: PromptSet = read_prompts(config)
         tiers = set(config.data.tiers)
         chosen = [prompt for prompt in self.prompts.prompts if prompt.tier in tiers]
@@ -93,6 +90,13 @@ class Plan:
             raise ConfigError(
                 "evaluation.judge is 'checker', but the prompt set has prompts without a 'request' for it to check; "
                 "use 'auto' or 'vqa'."
+            )
+        measured = (*self.test, *self.validation)
+        checkable = all("request" in prompt.meta for prompt in measured)
+        if config.models.reward.weights.vqa and config.evaluation.judge == "auto" and not checkable:
+            raise ConfigError(
+                "evaluation.judge is 'auto', which for these prompts is 'vqa', but models.reward.weights.vqa trains on "
+                "the same question, so it would judge nothing; set evaluation.judge to 'none', or that weight to 0."
             )
         texts = [prompt.text for prompt in (*self.train, *self.test, *self.validation)]
         self.memory = plan_memory(config, self.placement, prompts=texts)
@@ -172,6 +176,16 @@ class Session:
             return "failed", f"{reason}. The full traceback is in grpo_training.log."
         return "finished", ""
 
+    def _heard(self, recorder: AnyRecorder) -> Callable[[str, int, int], None]:
+        """Records the progress of loading, and lets a stop end a download."""
+
+        def told(name: str, done: int, total: int) -> None:
+            recorder.phase(name, done, total)
+            if name.startswith("downloading "):
+                self.control.poll()
+
+        return told
+
     def _hold(self, recorder: StoreRecorder, held: bool) -> None:
         """Show a pause for as long as it lasts; called by the trainer's own thread, so states stay in order."""
         if held:
@@ -188,7 +202,7 @@ class Session:
         plan = self.world.together(lambda: Plan(self.config, self.world))
         chosen, self.config = self.config, plan.config
         apply_threads(self.config)
-        environment = self.loaded or load_environment(self.config, plan.placement, recorder.phase)
+        environment = self.loaded or load_environment(self.config, plan.placement, self._heard(recorder))
         self.control.poll()
         for rank, devices in enumerate(self.world.gather(plan.placement.describe())):
             recorder.event("placement", devices if self.world.size == 1 else f"rank {rank}: {devices}")

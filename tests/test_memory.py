@@ -617,11 +617,22 @@ def test_another_plan_is_advised_where_other_gpus_have_the_room() -> None:
 
 
 def test_where_nothing_helps_the_refusal_says_so() -> None:
-    plan = planned(preset="three-gpu", cuda0=8, cuda1=80, cuda2=8)
+    plan = planned(preset="three-gpu", cuda0=4, cuda1=80, cuda2=8)
     assert plan.advice == ()
     assert refused(plan).endswith(
         "no settings of these models make it fit; use smaller ones, or a device with more memory."
     )
+
+
+def test_a_policy_of_4_bits_is_advised_where_the_whole_one_does_not_fit() -> None:
+    plan = planned(preset="three-gpu", cuda0=12, cuda1=80, cuda2=8)
+    assert [advice.settings for advice in plan.advice] == [("models.policy.quantize=4bit",)]
+    packed = planned("models.policy.quantize=4bit", preset="three-gpu", cuda0=12, cuda1=80, cuda2=8)
+    weights = next(item for item in packed.devices[0].items if item.what == "weights in 4 bits and bfloat16")
+    # Qwen2-VL-7B: 6.53 of 8.29 billion weights are in the language model's linear layers.
+    size = PUBLISHED_POLICIES["Qwen/Qwen2-VL-7B-Instruct"]
+    assert size.packable == 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert weights.bytes == pytest.approx(2 * (8_291_375_616 - size.packable) + 0.516 * size.packable, rel=1e-3)
 
 
 def test_memory_that_others_use_is_named_as_a_way_out() -> None:

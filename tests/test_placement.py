@@ -106,7 +106,7 @@ def test_a_named_device_that_is_not_there_is_refused_by_its_setting(role: str) -
     with pytest.raises(ConfigError) as caught:
         placed(1, **{role: "cuda:5"})
     assert str(caught.value) == (
-        f"placement.{role} is 'cuda:5', but this machine has cuda:0 and cpu; choose there or use 'auto'."
+        f"placement.{role} is 'cuda:5', but this machine has only cuda:0 and cpu; name one of what it has, or 'auto'."
     )
 
 

@@ -471,8 +471,8 @@ def test_the_metrics_of_a_step_are_exactly_those_described() -> None:
     trained.train()
     (metrics,) = recorder.metrics
     assert set(metrics) <= set(STEP_METRICS)
-    # The judge is not asked during training by every setting; everything else is measured at every step.
-    assert set(STEP_METRICS) - set(metrics) <= {"judge_mean"}
+    # The judge and the parts with a model of their own are not asked by every setting; all else is measured.
+    assert set(STEP_METRICS) - set(metrics) <= {"judge_mean", "reward_aesthetic", "reward_vqa"}
 
 
 def test_the_metrics_of_a_step_are_the_figures_of_its_groups() -> None:

@@ -57,6 +57,11 @@ RECENT_EVENTS = 50
 def phases(run: RunRow) -> list[dict[str, Any]]:
     """The parts of what the run is doing now, in order: name, state (done, now, later), share (0..1), note."""
     if run.state == "loading":
+        if run.phase.startswith("downloading "):  # counted in MB
+            part = _part(run.phase.removesuffix(" (MB)"), 0, 0)
+            part["share"] = min(1.0, run.phase_done / max(1, run.phase_total))
+            part["note"] = f"{run.phase_done:,} of {run.phase_total:,} MB"
+            return [part, *(_part(name, 1, 0) for name in LOADED)]
         loaded = len(LOADED) if run.phase == "models loaded" else run.phase_done
         return [_part(name, index, loaded if run.phase else -1) for index, name in enumerate(LOADED)]
     if run.state == "training":
