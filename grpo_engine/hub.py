@@ -321,9 +321,15 @@ def _fetch_one(download: Download, told: Told) -> None:
     progress.say()
 
 
-def _download(repository: str, file: str, bar: type[tqdm[Any]] | None = None) -> str:
-    where = {"cache_dir": constants.HF_HUB_CACHE, "endpoint": constants.ENDPOINT}
-    return str(hf_hub_download(repository, file, tqdm_class=bar, etag_timeout=TIMEOUT, **where))
+def _download(repository: str, file: str, bar: type[tqdm] | None = None) -> str:
+    return hf_hub_download(
+        repository,
+        file,
+        cache_dir=constants.HF_HUB_CACHE,
+        endpoint=constants.ENDPOINT,
+        etag_timeout=TIMEOUT,
+        tqdm_class=bar,
+    )
 
 
 class _Progress:
@@ -338,11 +344,11 @@ class _Progress:
         done = min(self.before + self.now, self.total)
         self.told(self.name, done // MB, max(1, self.total // MB))
 
-    def bar(self) -> type[tqdm[Any]]:
+    def bar(self) -> type[tqdm]:
         """A progress bar's class for the hub's client, which may open two of them for one file."""
         progress = self
 
-        class Bar(tqdm):  # type: ignore[type-arg]
+        class Bar(tqdm):
             def __init__(self, *arguments: Any, **named: Any) -> None:
                 super().__init__(*arguments, **(named | {"file": io.StringIO(), "disable": False}))
 

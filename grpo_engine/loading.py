@@ -207,8 +207,10 @@ def load_policy(config: RunConfig, device: torch.device) -> PureGRPOPolicy:
     folder = _source(config, "policy")
     processor = AutoProcessor.from_pretrained(folder)
     dtype = compute_dtype(settings.dtype, device)
+    model: Any
     if settings.quantize == "none":
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model = model.to(device)
     else:
         _check_quantized(device)
         model = AutoModelForImageTextToText.from_pretrained(
