@@ -18,11 +18,22 @@ from grpo_engine.tiny import WEIGHTS, fitting
 from grpo_engine.tiny.autoencoder import encode_pictures, new_autoencoder, normalise_latents
 from grpo_engine.tiny.captions import canonical
 from grpo_engine.tiny.clip import contrast_scenes
+from grpo_engine.tiny.comparing import MEANINGS, VALUES, Comparison, named, scramble, shows
 from grpo_engine.tiny.corpus import Pool, build_pool, draw_scene, is_held_out, rng_for
 from grpo_engine.tiny.diffusion import cached_latents, either_order
 from grpo_engine.tiny.eyes import ATTRIBUTES, IGNORED, cell_labels, eyes_of
 from grpo_engine.tiny.fitting import Recipe, fit
-from grpo_engine.tiny.sft import Examples, chat, new_policy, new_processor, question_about
+from grpo_engine.tiny.sft import (
+    ASKED,
+    SCRAMBLED,
+    Examples,
+    answer_loss,
+    chat,
+    compared,
+    new_policy,
+    new_processor,
+    question_about,
+)
 from grpo_engine.tiny.vocabulary import DESCRIBE
 from grpo_engine.tiny.world import RESOLUTION, Scene, Thing
 
@@ -373,3 +384,69 @@ def test_lesson_of_the_eyes_trains_the_vision_tower_of_the_policy_itself(pool: P
     logits[0].sum().backward()
     grads = {name for name, p in policy.named_parameters() if p.grad is not None}
     assert grads and all(name.startswith("model.visual.") for name in grads)
+
+
+def test_words_of_a_question_are_found_with_what_they_name() -> None:
+    text = "please draw a tiny plus sign, polka-dot, dead centre, on seafoam background"
+    found = [(text[:end].split(",")[-1].strip(), kind, value) for end, kind, value in named(text, 1)]
+    assert found == [
+        ("please draw a tiny", "size", "small"),
+        ("please draw a tiny plus sign", "shape", "cross"),
+        ("polka-dot", "texture", "dotted"),
+        ("dead centre", "place", "center"),
+        ("on seafoam", "background", "mint"),
+    ]
+    beside = "navy box on the left side of golden star"
+    assert [(kind, value) for _, kind, value in named(beside, 2)] == [
+        ("color", "blue"), ("shape", "square"), ("color", "yellow"), ("shape", "star")
+    ]  # fmt: skip
+    assert all(value in VALUES[kind] for kind, value in MEANINGS.values())
+
+
+def test_about_half_of_the_words_of_scrambled_prompts_fit_in_every_kind() -> None:
+    rng = rng_for(0, "test", "scramble")
+    fitting: dict[str, list[bool]] = {kind: [] for kind in VALUES}
+    for _ in range(400):
+        scene = draw_scene(rng, held_out=False, things=1)
+        told = scramble(scene, rng)
+        thing = told.things[0]
+        said = {**vars(thing), "background": told.background, "place": told.layout}
+        for kind, value in said.items():
+            fitting[kind].append(shows(scene, kind, value))
+    for kind, values in fitting.items():  # one half, and what a new draw gives by chance
+        by_chance = 0.5 + 0.5 / len(VALUES[kind])
+        assert abs(np.mean(values) - by_chance) < 0.08, kind
+
+
+def test_questions_to_compare_are_scrambled_first_and_balanced_after() -> None:
+    rng = rng_for(0, "test", "compared")
+    scenes = [draw_scene(rng, held_out=False) for _ in range(SCRAMBLED + ASKED)]
+    answers = [compared(scenes, rng)[1] for _ in range(20)]
+    assert np.mean([a[:SCRAMBLED] for a in answers]) < 0.2
+    assert 0.5 < np.mean([a[SCRAMBLED:] for a in answers]) < 0.7  # some changes are left unsaid
+
+
+def test_words_are_compared_at_their_own_tokens_and_cost_what_a_coin_would_before_training(pool: Pool) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(WEIGHTS / "policy")
+    torch.manual_seed(0)
+    model = new_policy(tokenizer)
+    examples = Examples(new_processor(tokenizer), CPU)
+    scenes = pool.scenes[:4]
+    questions = compared(scenes, rng_for(0, "test", "words"))[0]
+    words = examples.words(questions, scenes)
+    inputs, labels = examples(
+        [(chat(question, picture=True), "No") for question in questions], [np.array(p) for p in pool.pictures[:4]]
+    )
+    for row, column, kind, value in words:
+        said = tokenizer.decode(inputs["input_ids"][row, : column + 1])
+        assert any(said.endswith(word) for word, meaning in MEANINGS.items() if meaning == (kind, value))
+
+    comparison = Comparison(model)
+    for head in (comparison.reads, comparison.fits):
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    parts = comparison(inputs, labels, words, scenes)
+    sizes = [len(VALUES[kind]) for _, _, kind, _ in words]
+    assert parts["read"].item() == pytest.approx(math.log(2) * np.mean(sizes), rel=1e-5)
+    assert parts["fit"].item() == pytest.approx(2 * math.log(2), rel=1e-5)
+    assert parts["answer"].item() == pytest.approx(answer_loss(model, inputs, labels).item(), rel=1e-5)

@@ -24,12 +24,14 @@ from .autoencoder import new_autoencoder, normalise_latents, reconstruction_psnr
 from .card import model_card
 from .clip import RECIPE as CLIP_RECIPE
 from .clip import new_clip, save_clip, train_clip
+from .comparing import Comparison
 from .corpus import Pool, build_pool
 from .diffusion import RECIPE as DENOISER_RECIPE
 from .diffusion import Denoiser, cached_latents, pipeline, train_denoiser
 from .eyes import RECIPE as EYES_RECIPE
 from .eyes import eyes_of
 from .fitting import progress_bar
+from .sft import JUDGE as POLICY_JUDGE_RECIPE
 from .sft import LAST as POLICY_LAST_RECIPE
 from .sft import RECIPE as POLICY_RECIPE
 from .sft import new_policy, new_processor, train_policy
@@ -137,6 +139,7 @@ class Build:
         # Lessons that take the place of the one before, once begun.
         steps["policy-eyes"] = _load_average(self.folder, "policy-eyes", eyes_of(policy))
         steps["policy-last"] = _load_average(self.folder, "policy-last", policy)
+        steps["policy-judge"] = _load_average(self.folder, "policy-judge", Comparison(policy))
         normalise_latents(autoencoder, self.pool("train"), self.device)
         save_image_model(denoiser, autoencoder, self.clip_tokenizer, WEIGHTS / "image")
         save_clip(clip, self.clip_folder, len(self.clip_tokenizer), WEIGHTS / "reward", torch.float16)
@@ -209,6 +212,7 @@ def main() -> None:
         "policy": vars(POLICY_RECIPE),
         "policy-eyes": vars(EYES_RECIPE),
         "policy-last": vars(POLICY_LAST_RECIPE),
+        "policy-judge": vars(POLICY_JUDGE_RECIPE),
     }
     report = {"metrics": metrics, "recipes": recipes, "seed": arguments.seed, "torch": torch.__version__}
     (WEIGHTS / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

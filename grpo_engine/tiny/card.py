@@ -25,7 +25,8 @@ everything below is measured on that tenth.
 The image model saw canonical captions only. The reward saw captions and paraphrases, in batches with one-attribute
 changes as negatives. The policy learned to translate paraphrases to captions, then to do so carelessly: right captions
 are a minority of what it writes, which is what GRPO then changes. Its vision tower had a lesson of its own (every
-picture token names the object it covers), without which it told colours apart and nothing else.
+picture token names the object it covers), and so had its judgement (word by word); without them it told colours apart
+and nothing else. A changed shape or place still escapes it more often than not.
 
 **Measured** (`python -m grpo_engine.tiny.build --measure`):
 

@@ -25,11 +25,14 @@ from transformers import (
 )
 
 from .captions import CARELESS, LOOSE, Mixture, canonical, corrupt, fill, loose_rewrite, paraphrase
+from .comparing import Comparison, named, scramble
 from .corpus import Pool, draw_scene, rng_for
 from .eyes import train_eyes
 from .fitting import Recipe, autocast, fit
 from .vocabulary import CHAT_TEMPLATE, DESCRIBE, QUESTION, TEMPLATE
 from .world import RESOLUTION, Scene
+
+PATCH, MERGE = 8, 2  # pixels a side of a patch; patches a side of what becomes one token
 
 RECIPE = Recipe(steps=4500, batch=56, learning_rate=2e-3, weight_decay=0.01, warmup=100, ema=0.995)
 CLEAN_SHARE = 0.7  # of those steps: rewriting is taught right before it is taught loose
@@ -38,6 +41,10 @@ SEEN = (16, 40)  # of those steps: pictures described, pictures asked about
 # The last lesson, with eyes that see shapes: careless rewriting, and saying what is seen.
 LAST = Recipe(steps=2000, batch=32, learning_rate=1e-3, weight_decay=0.01, warmup=50, decay_share=0.5, ema=0.99)
 LAST_SEEN = (24, 56)
+
+# Then judging, word by word (``comparing.py``); rewriting goes along, so that it is not forgotten.
+JUDGE = Recipe(steps=1300, batch=16, learning_rate=1.2e-3, weight_decay=0.01, warmup=50, decay_share=0.4, ema=0.99)
+SCRAMBLED, ASKED = 40, 24  # pictures a step: words that fit or not in equal parts; questions that end in an answer
 
 
 def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
@@ -63,8 +70,8 @@ def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGener
             "hidden_size": 160,
             "mlp_ratio": 3,
             "num_heads": 4,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
         },
         image_token_id=token_id("<|image_pad|>"),
@@ -82,8 +89,8 @@ def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGener
 def new_processor(tokenizer: PreTrainedTokenizerBase) -> Qwen2VLProcessor:
     """The published processor with 8-pixel patches; every picture becomes 6 x 6 = 36 tokens."""
     size = {"shortest_edge": RESOLUTION**2, "longest_edge": RESOLUTION**2}
-    images = Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=2, size=size)
-    videos = Qwen2VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2, size=size)
+    images = Qwen2VLImageProcessor(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, size=size)
+    videos = Qwen2VLVideoProcessor(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, size=size)
     return Qwen2VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
@@ -156,6 +163,19 @@ class Examples:
             inputs["mm_token_type_ids"] = (ids == image_token).int()
         return {k: v.to(self.device) for k, v in inputs.items()}, labels.to(self.device)
 
+    def words(self, questions: list[str], scenes: list[Scene]) -> list[tuple[int, int, str, str]]:
+        """(row, column, kind, value) of every attribute's word in questions about one picture each, as batched."""
+        vision = (RESOLUTION // PATCH // MERGE) ** 2 - 1  # a placeholder becomes so many tokens more
+        found = []
+        for row, (question, scene) in enumerate(zip(questions, scenes, strict=True)):
+            text = chat(question, picture=True)
+            start = text.index(question)
+            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            columns = {end: column + vision for column, (_, end) in enumerate(offsets)}
+            for end, kind, value in named(question, len(scene.things)):
+                found.append((row, columns[start + end], kind, value))
+        return found
+
 
 def answer_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Mean cross-entropy over answer tokens; logits are computed for those positions only."""
@@ -173,7 +193,7 @@ def train_policy(
     device: torch.device,
     log: Callable[[str], None],
 ) -> Qwen2VLForConditionalGeneration:
-    """Teach rewriting, describing and answering together, then seeing (``eyes.py``), then all with carelessness."""
+    """Teach rewriting, describing and answering together, then seeing, then all with carelessness, then judging."""
     torch.manual_seed(int(rng_for(seed, "policy", "init").integers(2**31)))
     model: Any = new_policy(tokenizer)
     model.to(device)
@@ -212,4 +232,42 @@ def train_policy(
     fit("policy", model, first, RECIPE, folder, log=log)
     train_eyes(model, examples.processor.image_processor, pool, folder, seed, device, log)
     fit("policy-last", model, last, LAST, folder, log=log)
+
+    torch.manual_seed(int(rng_for(seed, "policy-judge", "init").integers(2**31)))
+    comparison = Comparison(model).to(device)
+
+    def judge(step: int) -> dict[str, Tensor]:
+        rng = rng_for(seed, "policy-judge", step)
+        with autocast(device):
+            inputs, labels = examples(_rewriting(rng, JUDGE.batch, CARELESS))
+            rewriting = answer_loss(model, inputs, labels)
+            indices = rng.choice(len(pool), SCRAMBLED + ASKED, replace=False)
+            scenes = [pool.scenes[index] for index in indices]
+            questions, answers = compared(scenes, rng)
+            inputs, labels = examples(
+                [(chat(q, picture=True), "Yes" if a else "No") for q, a in zip(questions, answers, strict=True)],
+                [np.array(pool.pictures[index]) for index in indices],
+            )
+            labels[:SCRAMBLED] = -100  # hardly one of them is answered Yes
+            words = examples.words(questions, scenes)
+            return {"rewrite": rewriting} | comparison(inputs, labels, words, scenes)
+
+    fit("policy-judge", comparison, judge, JUDGE, folder, log=log)
     return model
+
+
+def compared(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], list[bool]]:
+    """Questions about pictures of ``scenes`` and their answers: scrambled ones, then balanced ones.
+
+    A balanced one is about the very scene, or (as often) about one that differs in a single attribute.
+    """
+    questions, answers = [], []
+    for index, scene in enumerate(scenes):
+        if index < SCRAMBLED:
+            told = scramble(scene, rng)
+        else:
+            told = scene if rng.random() < 0.5 else corrupt(scene, rng, 1)
+        text, request = paraphrase(told, rng)
+        questions.append(QUESTION.format(prompt=text))
+        answers.append(request.allows(scene))
+    return questions, answers
