@@ -156,35 +156,33 @@ T5_XXL = Weights(4_762_310_656, "published", wide=24 * 4096 * 10240, stored=torc
 SD_VAE = Weights(83_653_863, "published", stored=torch.float16)
 SD3_VAE = Weights(83_819_683, "published", stored=torch.float16)
 
-# Qwen2-VL (arXiv 2409.12191) and Stable Diffusion 3 (arXiv 2403.03206) as published; the position table of the
-# SD3 denoiser is a buffer, and counted.
+
+def _qwen(
+    elements: int,
+    vision: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocabulary: int,
+    pixels: int = 28 * 28,
+    width: int = 1280,
+) -> PolicySize:
+    weights = Weights(elements, "published", stored=torch.bfloat16)
+    return PolicySize(weights, vision, hidden, layers, heads, kv_heads, 128, intermediate, vocabulary, pixels, width)
+
+
+# Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631) and Stable Diffusion 3 (2403.03206) as
+# published; the position table of the SD3 denoiser is a buffer, and counted.
 PUBLISHED_POLICIES = {
-    "Qwen/Qwen2-VL-7B-Instruct": PolicySize(
-        Weights(8_291_375_616, "published", stored=torch.bfloat16),
-        675_759_104,
-        3584,
-        28,
-        28,
-        4,
-        128,
-        18944,
-        152064,
-        28 * 28,
-        1280,
-    ),
-    "Qwen/Qwen2-VL-2B-Instruct": PolicySize(
-        Weights(2_208_985_600, "published", stored=torch.bfloat16),
-        665_271_296,
-        1536,
-        28,
-        12,
-        2,
-        128,
-        8960,
-        151936,
-        28 * 28,
-        1280,
-    ),
+    "Qwen/Qwen2-VL-2B-Instruct": _qwen(2_208_985_600, 665_271_296, 1536, 28, 12, 2, 8960, 151936),
+    "Qwen/Qwen2-VL-7B-Instruct": _qwen(8_291_375_616, 675_759_104, 3584, 28, 28, 4, 18944, 152064),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen(3_754_622_976, 668_684_288, 2048, 36, 16, 2, 11008, 151936),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen(8_292_166_656, 676_550_144, 3584, 28, 28, 4, 18944, 152064),
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen(2_127_532_032, 406_957_056, 2048, 28, 16, 8, 6144, 151936, 32 * 32, 1024),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen(4_437_815_808, 415_347_712, 2560, 36, 32, 8, 9728, 151936, 32 * 32, 1024),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen(8_767_123_696, 576_388_336, 4096, 36, 32, 8, 12288, 151936, 32 * 32, 1152),
 }
 
 

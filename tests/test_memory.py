@@ -216,6 +216,37 @@ def test_the_published_size_of_qwen2_vl_is_that_of_its_configuration(
     assert built.weights.elements == published.weights.elements
 
 
+def _published(name: str) -> dict[str, Any]:
+    """config.json of a Qwen2.5-VL or Qwen3-VL repository, as far as sizes depend on it."""
+    size = PUBLISHED_POLICIES[name]
+    text = {
+        "hidden_size": size.hidden, "intermediate_size": size.intermediate, "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "vocab_size": size.vocabulary,
+    }  # fmt: skip
+    tower: dict[str, Any] = {"out_hidden_size": size.hidden, "hidden_size": size.vision_width, "num_heads": 16}
+    tower["spatial_merge_size"] = 2
+    if "Qwen2.5" in name:
+        vision = tower | {"depth": 32, "intermediate_size": 3420, "patch_size": 14}
+        return {"model_type": "qwen2_5_vl", "tie_word_embeddings": "3B" in name, "vision_config": vision, **text}
+    large = "8B" in name
+    vision = tower | {"patch_size": 16, "intermediate_size": 4304 if large else 4096, "depth": 27 if large else 24}
+    vision |= {"deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17], "model_type": "qwen3_vl"}
+    text |= {"head_dim": 128, "model_type": "qwen3_vl_text"}
+    return {
+        "model_type": "qwen3_vl", "tie_word_embeddings": not large, "vision_config": vision, "text_config": text
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
+)
+def test_the_published_sizes_of_later_families_are_those_of_their_configurations(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_published(name)))
+    built, published = policy_size(str(tmp_path)), PUBLISHED_POLICIES[name]
+    weights = Weights(published.weights.elements, "configuration")
+    assert built == PolicySize(**{**vars(published), "weights": weights})
+
+
 def test_the_published_sizes_of_stable_diffusion_3_are_those_of_its_configurations() -> None:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel

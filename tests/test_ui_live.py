@@ -415,6 +415,12 @@ def test_phases_show_what_is_done_what_goes_on_and_what_comes(store: Store) -> N
         ("reward", "later", 0.0),
     ]
     assert [state for _, state, _ in of("loading", "models loaded", 3, 3)] == ["done"] * 3
+    assert of("loading", "downloading owner/policy (MB)", 4150, 16600) == [
+        ("downloading owner/policy", "now", 0.25),
+        ("policy", "later", 0.0),
+        ("image model", "later", 0.0),
+        ("reward", "later", 0.0),
+    ]
     assert of("baseline", "untrained", 32, 100) == [
         ("original prompts", "done", 1.0),
         ("untrained, sampled", "now", 0.32),

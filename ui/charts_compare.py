@@ -37,6 +37,7 @@ _TITLES = {
 _UNITS = {
     "reward_mean": "mean a step",
     "reward_clip": "100 x cosine",
+    "reward_vqa": "0 to 1",
     "judge_mean": "0 to 1",
     "kl_penalty": "nats a token",
     "entropy": "nats a token",
