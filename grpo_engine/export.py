@@ -27,6 +27,7 @@ from .checkpoint import (
     CheckpointError,
     CheckpointState,
     SavedPolicy,
+    base_fingerprint,
     find_checkpoint,
     matched_weights,
     read_weights,
@@ -78,8 +79,11 @@ def export(
     _check_format(state, format, policy)
     config = RunConfig.load(state.path / "config.yaml")
     embedded = state.base_model == "tiny" and format != "merged"
-    if embedded:
-        matched_weights(state, policy or _embedded_policy(config))  # another version may have had another base
+    if embedded and base_fingerprint(policy or _embedded_policy(config)) != state.base_fingerprint:
+        raise ExportError(
+            "The policy was trained on other embedded models than those that are here now; export it with the version "
+            "of the program that trained it."
+        )
     config = _portable_config(config)
     summary = json.loads(json.dumps(summary))
     partial = target.parent / f".partial-{target.name}-{os.getpid()}"

@@ -202,7 +202,7 @@ def test_a_database_that_is_missing_is_refused_and_not_made(tmp_path: Path, comm
 
 @pytest.mark.parametrize(
     "arguments",
-    [["fly"], ["resume"], ["train", "--steps", "5"], ["export", "last"], ["export", "x", "--format", "zip"]],
+    [["fly"], ["resume"], ["train", "--steps", "5"], ["export", "x", "--format", "zip"]],
 )
 def test_arguments_that_do_not_exist_are_refused(arguments: list[str]) -> None:
     outcome = call(*arguments)

@@ -101,6 +101,6 @@ def test_an_embedded_base_that_is_not_the_trained_one_is_refused(
     other = load_policy(run_config(), torch.device("cpu"))
     with torch.no_grad():
         other.model.get_input_embeddings().weight.add_(1.0)
-    with pytest.raises(CheckpointError, match="holds another model"):
+    with pytest.raises(CheckpointError, match="trained on other embedded models"):
         export(run, tmp_path / "out", policy=other)
     assert not (tmp_path / "out").exists()

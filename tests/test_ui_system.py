@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 import saved_policy
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from peft import PeftModel
 from store_samples import config, evaluation, fill, group, in_child, item, metrics, picture, to_state, training_run
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from grpo_engine.config import RecordingConfig
+from grpo_engine.checkpoint import save_checkpoint
+from grpo_engine.config import RecordingConfig, RunConfig
+from grpo_engine.loading import load_policy
 from grpo_engine.manager import RunManager
 from grpo_engine.store import Store
 from grpo_engine.store.recorder import StoreRecorder
@@ -85,7 +90,7 @@ def done(client: TestClient, response: Any) -> dict[str, Any]:
     """The job that an answer began, once it is over."""
     assert response.status_code == 200, response.text
     token = response.json()["job"]["token"]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         job: dict[str, Any] = next(job for job in ask(client, "state")["jobs"] if job["token"] == token)
         if job["state"] in ("done", "failed"):
@@ -94,9 +99,9 @@ def done(client: TestClient, response: Any) -> dict[str, Any]:
     raise AssertionError("the job did not end")
 
 
-def recorded(store: Store) -> str:
+def recorded(store: Store, **changes: Any) -> str:
     """A finished run with two steps, their pictures, and a measured picture."""
-    run_id = training_run(store)
+    run_id = training_run(store, **changes)
     with StoreRecorder(store, run_id, RecordingConfig()) as recorder:
         for step in (1, 2):
             recorder.step(step, metrics(step), [group(step)])
@@ -188,8 +193,8 @@ def test_an_upload_is_stored_under_a_plain_name(header: str, name: str) -> None:
 def test_a_policy_is_exported_as_one_file(
     store: Store, client: TestClient, tmp_path: Path, format: str, member: str
 ) -> None:
-    run_id = recorded(store)
     base = saved_policy.write_base(tmp_path / "base")
+    run_id = recorded(store, models={"policy": {"path": str(base)}})
     policy = saved_policy.load_policy(base)
     saved_policy.save(store.run_dir(run_id), base, (policy, saved_policy.new_optimizer(policy)), 2)
     assert ask(client, "export", run=run_id)["checkpoints"] == [2]
@@ -204,9 +209,39 @@ def test_a_policy_is_exported_as_one_file(
     assert files_of(store) == [] and client.get(f"/grpo/system/download/{job['token']}").status_code == 404
 
 
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_the_embedded_policy_is_downloaded_as_something_that_loads(
+    store: Store, client: TestClient, tmp_path: Path, format: str
+) -> None:
+    settings = RunConfig.load("tiny")
+    run_id, policy = recorded(store), load_policy(settings, torch.device("cpu"))
+    optimizer = saved_policy.new_optimizer(policy)  # type: ignore[arg-type]
+    folder = store.run_dir(run_id)
+    save_checkpoint(folder, policy=policy, optimizer=optimizer, step=2, config=settings, metrics={})
+    before = torch.random.get_rng_state()
+    job = done(client, client.post("/grpo/system/export", json={"run": run_id, "format": format}))
+    assert job["state"] == "done", job["message"]
+    assert torch.equal(before, torch.random.get_rng_state()), "no model was made in the process that trains"
+    content = client.get(f"/grpo/system/download/{job['token']}").content
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(tmp_path)
+    export = tmp_path / f"{run_id}-{format}"
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(export / "base" if format == "peft" else export)
+    if format == "peft":
+        loaded = PeftModel.from_pretrained(loaded, export)
+    assert AutoTokenizer.from_pretrained(export / "base" if format == "peft" else export).chat_template
+    assert sum(parameter.numel() for parameter in loaded.parameters()) > 1_000_000
+
+
+def test_every_export_says_what_it_is_for(store: Store, client: TestClient) -> None:
+    told = {row["format"]: row["text"] for row in ask(client, "export", run=recorded(store))["formats"]}
+    words = {"bundle": "Opens in any database", "peft": "vLLM", "merged": "transformers", "pth": "pure_grpo_policy.pth"}
+    assert told.keys() == words.keys() and all(word in told[format] for format, word in words.items())
+
+
 def test_a_damaged_checkpoint_is_said_and_nothing_is_left(store: Store, client: TestClient, tmp_path: Path) -> None:
-    run_id = recorded(store)
     base = saved_policy.write_base(tmp_path / "base")
+    run_id = recorded(store, models={"policy": {"path": str(base)}})
     policy = saved_policy.load_policy(base)
     folder = saved_policy.save(store.run_dir(run_id), base, (policy, saved_policy.new_optimizer(policy)), 2)
     (folder / "adapter_model.safetensors").write_bytes(b"cut short")

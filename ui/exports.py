@@ -31,9 +31,10 @@ Format = Literal["bundle", "peft", "merged", "pth"]
 FORMATS: Mapping[Format, tuple[str, str]] = {
     "bundle": ("Bundle", "The whole run in one file: settings, metrics, rollouts, pictures, policy. Opens in any "
                "database, for looking at; no GPU needed."),
-    "peft": ("Adapter", "The LoRA weights and a model card, for peft on top of the base model."),
-    "merged": ("Merged model", "The base model with the training merged in, for transformers alone."),
-    "pth": ("PyTorch file", "The trained weights as plain tensors in one .pth, with the settings."),
+    "peft": ("Adapter", "The LoRA weights, for peft or vLLM's LoRA option on top of the base model. With a model card: "
+             "the measured gain, the settings, and lines that put the rewriter in front of a pipeline."),
+    "merged": ("Merged model", "The base model with the training merged in, for transformers alone; with the card."),
+    "pth": ("PyTorch file", "The trained weights as plain tensors in pure_grpo_policy.pth, with the card."),
 }  # fmt: skip
 """What there is to export: title and what it is for."""
 
@@ -83,16 +84,16 @@ def _why_not(run: RunRow, format: Format, steps: list[int]) -> str:
         if run.source == "imported":
             return "The bundle that this run was imported from had no policy in it."
         return "The run has saved no checkpoint yet."
-    if format == "peft" and _adapter(run.config) == "full":
+    if format == "peft" and _policy_setting(run.config, "adapter") == "full":
         return "All weights were trained, so there is no adapter; take the merged model or the PyTorch file."
     return ""
 
 
-def _adapter(config: Mapping[str, Any]) -> Any:
-    """``models.policy.adapter`` of settings that another version may have written."""
+def _policy_setting(config: Mapping[str, Any], name: str) -> Any:
+    """``models.policy.<name>`` of settings that another version may have written."""
     node: Any = config
-    for name in ("models", "policy", "adapter"):
-        node = node.get(name) if isinstance(node, Mapping) else None
+    for part in ("models", "policy", name):
+        node = node.get(part) if isinstance(node, Mapping) else None
     return node
 
 
@@ -136,24 +137,29 @@ def policy_work(
     format: Literal["peft", "merged", "pth"],
     which: Literal["last", "best"],
 ) -> Callable[[Job], None]:
-    """The job that exports a run's policy into one zip file; waits for the engine, loads a model only to merge."""
+    """The job that exports a run's policy into one zip file.
+
+    Where that needs a model, to merge into or to prove that the embedded base is the right one, it is loaded in a
+    process of its own: a run may train in this one.
+    """
 
     def work(job: Job) -> None:
         assert job.folder is not None
         job.progress(0, 0, "Waiting for the engine")
         manager()
-        from grpo_engine.checkpoint import CheckpointError
+        from grpo_engine.checkpoint_folder import CheckpointError
         from grpo_engine.export import export
+        from grpo_engine.export_process import export_apart
 
         run = store.run(run_id)
-        policy = None
-        if format == "merged":
-            job.progress(0, 0, "Loading the base model")
-            policy = _base_policy(run)
-        job.progress(0, 0, "Writing the weights")
-        folder = job.folder / f"{run_id}-{format}"
+        source, folder = store.run_dir(run_id), job.folder / f"{run_id}-{format}"
         try:
-            export(store.run_dir(run_id), folder, format=format, policy=policy, summary=run.summary, which=which)
+            if format == "merged" or _policy_setting(run.config, "path") == "tiny":
+                job.progress(0, 0, "Loading the base model")
+                export_apart(source, folder, format=format, config=run.config, summary=run.summary, which=which)
+            else:
+                job.progress(0, 0, "Writing the weights")
+                export(source, folder, format=format, summary=run.summary, which=which)
         except CheckpointError as error:
             raise JobFailed(str(error)) from error
         job.file = pack(folder, job)
@@ -161,16 +167,6 @@ def policy_work(
         job.message = "Ready."
 
     return work
-
-
-def _base_policy(run: RunRow) -> Any:
-    """The run's policy on the CPU, where it disturbs no run that trains on a GPU."""
-    import torch
-
-    from grpo_engine.config import RunConfig
-    from grpo_engine.loading import load_policy
-
-    return load_policy(RunConfig.parse(run.config), torch.device("cpu"))
 
 
 def pack(folder: Path, job: Job) -> Path:
