@@ -180,7 +180,9 @@ def _portable_config(config: RunConfig) -> RunConfig:
     data = config.model_dump(mode="json")
     for part in data["models"].values():
         part["path"] = portable(part["path"])
-    data["data"]["prompts"] = portable(data["data"]["prompts"])
+    reward, prompts = data["models"]["reward"], data["data"]
+    for section, name in ((prompts, "prompts"), (reward, "pretrained"), (reward, "aesthetic")):
+        section[name] = portable(section[name])
     return RunConfig.parse(data)
 
 

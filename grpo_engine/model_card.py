@@ -27,6 +27,8 @@ def portable(path: str) -> str:
     """
     if match := re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", path):
         return f"{match[1]}/{match[2]}"
+    if not path:
+        return ""
     here = Path(path).expanduser()
     return here.resolve().name if path.startswith(("/", ".", "~")) or here.exists() else path
 

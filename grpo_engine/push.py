@@ -16,12 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from .config import ConfigError
 from .export import METRICS_FILE
+from .hub import TransportError
 from .model_card import HUB_ID
 
 log = logging.getLogger(__name__)
 
 EXPORT_FILES = {"README.md", "config.yaml", METRICS_FILE}  # in every export
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx's or, in newer versions, httpx2's
 
 
 class PushFailed(Exception):
@@ -105,7 +105,7 @@ def _sentence(error: Exception, repository: str, endpoint: str) -> str:
             return f"The hub at {endpoint} has trouble just now ({status}); try again later."
         told = " ".join((error.server_message or "no reason given").split())
         return f"The hub refused {repository} ({status}: {told})."
-    if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
+    if isinstance(error, TransportError | ConnectionError | TimeoutError):
         return f"The hub at {endpoint} can't be reached ({error}); check the network, then push again."
     told = " ".join(str(error).split())[:300]
     return f"The upload to {repository} broke off ({type(error).__name__}: {told}); push again, what is there is kept."

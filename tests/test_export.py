@@ -201,7 +201,8 @@ def test_no_export_names_the_folder_a_hub_model_was_loaded_from(base: Path, tmp_
 def test_an_export_names_no_folder_of_this_machine(base: Path, tmp_path: Path) -> None:
     policy = load_policy(base)
     paths = {"policy": str(base), "image": "~/models/sd3", "reward": str(tmp_path / "clip")}
-    settings = {"models": {part: {"path": path} for part, path in paths.items()}}
+    settings: dict[str, Any] = {"models": {part: {"path": path} for part, path in paths.items()}}
+    settings["models"]["reward"]["aesthetic"] = str(tmp_path / "head.pth")
     config = RunConfig.parse(settings | {"data": {"prompts": str(tmp_path / "mine.txt")}})
     run = save_checkpoint(tmp_path, policy=policy, optimizer=new_optimizer(policy), step=1, config=config, metrics={})
     for format in ("peft", "merged", "pth"):
@@ -217,6 +218,7 @@ def test_an_export_names_no_folder_of_this_machine(base: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("path", "name"),
     [
+        ("", ""),
         ("tiny", "tiny"),
         ("ViT-B-32", "ViT-B-32"),
         ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
