@@ -219,10 +219,14 @@ def require_folder(setting: str, path: str, missing: Sequence[str]) -> None:
 
 
 _answers: dict[tuple[str, Repository, str | None], tuple[float, Download]] = {}
+_silent_until: dict[str, float] = {}  # by endpoint
 
 
 def look_up(repository: Repository) -> Download:
-    """Ask the hub what of ``repository`` is not in the cache yet; raises :class:`HubError`."""
+    """Ask the hub what of ``repository`` is not in the cache yet; raises :class:`HubError`.
+
+    A hub that can't be reached is left alone for a few seconds: a form that is being filled in asks at every change.
+    """
     key = (constants.ENDPOINT, repository, get_token())
     then, known = _answers.get(key, (0.0, None))
     if known is not None and time.monotonic() - then < REMEMBERED:
@@ -230,25 +234,38 @@ def look_up(repository: Repository) -> Download:
     with explained(repository):
         if constants.is_offline_mode():
             raise OfflineModeIsEnabled("nothing was asked")
-        info = HfApi(endpoint=constants.ENDPOINT).model_info(repository.name, files_metadata=True, timeout=TIMEOUT)
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-        stored = next((file for file in (repository.probe, *repository.instead) if file in sizes), "")
-        if repository.file and stored:
-            repository = replace(repository, file=stored)
-        if repository.probe not in sizes:
-            what = "no such file" if repository.file else f"no {repository.probe}, so no model of this kind"
-            raise HubError(
-                f"{repository.setting} names {repository.name!r} on the hub, which has {what} "
-                f"({repository.probe}); name another."
-            )
-        # A gated repository lists its files to everybody, and gives them only to those who may have them.
-        url = hf_hub_url(repository.name, repository.probe, endpoint=constants.ENDPOINT)
-        get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=constants.ENDPOINT)
-        wanted = [name for name in repository.wanted(list(sizes)) if name in sizes]
-        kept = [name for name in wanted if not _is_cached(repository.name, name, info.sha)]
-    found = Download(repository, tuple((name, sizes[name]) for name in kept))
+        if time.monotonic() < _silent_until.get(constants.ENDPOINT, 0.0):
+            raise LocalEntryNotFoundError("not asked again so soon")
+        try:
+            found = _ask(repository)
+        except HfHubHTTPError:
+            raise
+        except TransportError:
+            _silent_until[constants.ENDPOINT] = time.monotonic() + TIMEOUT
+            raise
     _answers[key] = time.monotonic(), found
     return found
+
+
+def _ask(repository: Repository) -> Download:
+    """What :func:`look_up` returns, from the hub itself; raises what its client raises."""
+    info = HfApi(endpoint=constants.ENDPOINT).model_info(repository.name, files_metadata=True, timeout=TIMEOUT)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    stored = next((file for file in (repository.probe, *repository.instead) if file in sizes), "")
+    if repository.file and stored:
+        repository = replace(repository, file=stored)
+    if repository.probe not in sizes:
+        what = "no such file" if repository.file else f"no {repository.probe}, so no model of this kind"
+        raise HubError(
+            f"{repository.setting} names {repository.name!r} on the hub, which has {what} "
+            f"({repository.probe}); name another."
+        )
+    # A gated repository lists its files to everybody, and gives them only to those who may have them.
+    url = hf_hub_url(repository.name, repository.probe, endpoint=constants.ENDPOINT)
+    get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=constants.ENDPOINT)
+    wanted = [name for name in repository.wanted(list(sizes)) if name in sizes]
+    kept = [name for name in wanted if not _is_cached(repository.name, name, info.sha)]
+    return Download(repository, tuple((name, sizes[name]) for name in kept))
 
 
 def _is_cached(name: str, file: str, commit: str | None) -> bool:

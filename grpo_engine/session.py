@@ -214,7 +214,9 @@ class Session:
             recorder.token_text = policy.token_text
         if policy.adapted_layers:
             count = sum(p.numel() for p in policy.trainable().values())
-            recorder.event("adapter", f"LoRA on {len(policy.adapted_layers)} layers, {count:,} parameters.")
+            recorder.event(
+                "adapter", f"LoRA on {len(policy.adapted_layers)} layers of the language model, {count:,} parameters."
+            )
         judge = make_judge(self.config.evaluation.judge, plan.test, policy)
         evaluator = Evaluator(environment, judge, self.world.share(plan.test), self.config)
         trainer = PureGRPOTrainer(

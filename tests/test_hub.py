@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def server(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         hub._answers.clear()
+        hub._silent_until.clear()
         yield running
 
 
@@ -223,6 +225,8 @@ def test_without_a_network_or_in_offline_mode_the_cache_is_named(
     with monkeypatch.context() as changed:
         changed.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
         sentence = refused(config())
+        assert hub._silent_until["http://127.0.0.1:9"] > time.monotonic()  # and left alone for a while
+        assert refused(config()) == sentence
     assert f"not in the cache {constants.HF_HUB_CACHE}, and the hub can't be reached" in sentence
     with monkeypatch.context() as changed:
         changed.setattr(constants, "HF_HUB_OFFLINE", True)
