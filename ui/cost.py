@@ -22,9 +22,9 @@ RUNS = 200  # looked through, the newest first
 # A run that differs in one of these says nothing about another's time.
 _SAME = (
     *(f"models.{part}.{key}" for part in ("policy", "image", "reward") for key in ("path", "dtype")),
-    "models.policy.adapter", "models.policy.quantize", "models.policy.gradient_checkpointing", "models.reward.weights.vqa",
-    "models.image.resolution", "models.image.use_t5",
-    "models.image.max_sequence_length", "sampling.max_new_tokens", "training.inner_epochs", "training.minibatches",
+    "models.policy.adapter", "models.policy.quantize", "models.policy.gradient_checkpointing",
+    "models.reward.weights.vqa", "models.image.resolution", "models.image.use_t5", "models.image.max_sequence_length",
+    "sampling.max_new_tokens", "training.inner_epochs", "training.minibatches",
     "placement.plan", "placement.policy", "placement.image", "placement.reward", "placement.threads",
 )  # fmt: skip
 
