@@ -15,6 +15,7 @@ from . import hub
 from .config import ConfigError, RunConfig
 from .memory import GIB, MemoryPlan, MemoryRefusal, device_memory, plan_memory
 from .placement import Placement, available_devices, compute_dtype, intended
+from .store.journal import JournalError, filesystem, journal_for
 from .tiny import WEIGHTS
 
 PACKAGES = (
@@ -38,6 +39,11 @@ def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
         if not (WEIGHTS / part).is_dir():
             problems.append(f"The embedded {part} model is missing; run 'python -m grpo_engine.tiny.build'.")
     problems += _database_problems(db)
+    journal = None
+    try:
+        journal = journal_for(Path(db))
+    except JournalError as error:
+        problems.append(str(error))
     placement, memory, found = _planned(preset, overrides)
     problems += found
     folder = next(folder for folder in Path(db).resolve().parents if folder.exists())
@@ -51,6 +57,8 @@ def examine(db: str, preset: str, overrides: Iterable[str]) -> dict[str, Any]:
         "cpu_bfloat16": compute_dtype("auto", torch.device("cpu")) == torch.bfloat16,
         "disk_free_gib": round(disk.free / GIB, 1),
         "database": db,
+        "database_filesystem": filesystem(Path(db)),
+        "database_journal": journal,
         "settings": preset,
         "placement": None if placement is None else placement.describe(),
         "models": _models(preset, overrides),
@@ -138,6 +146,10 @@ def print_findings(findings: dict[str, Any]) -> None:
         print(f"{name}: {memory['free_gib']} of {memory['total_gib']} GiB free")
     bf16 = "in hardware" if findings["cpu_bfloat16"] else "not in hardware, float32 is used"
     print(f"CPU threads: {findings['cpu_threads']}; bfloat16 {bf16}. Disk: {findings['disk_free_gib']} GiB free.")
+    if findings["database_journal"]:
+        journal = {"wal": "write-ahead log", "rollback": "rollback journal"}[findings["database_journal"]]
+        place = findings["database_filesystem"] or "an unknown file system"
+        print(f"Database {findings['database']} on {place}: {journal}.")
     if findings["placement"]:
         print(f"With {findings['settings']}: {findings['placement']}.")
     for model in findings["models"]:

@@ -209,6 +209,7 @@ def plan_memory(
     prompts: Sequence[str] = (),
     memory: Mapping[str, Memory] | None = None,
     sizes: ModelSizes | None = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Plan a run's memory. Reads configurations and file headers; loads and downloads nothing.
 
@@ -216,6 +217,7 @@ def plan_memory(
         prompts: that will be rewritten; without them, one as long as ``data.max_prompt_chars`` allows.
         memory: of every device there is; None = ask those that the run uses.
         sizes: of the models; None = read them.
+        ranks: processes like this one on this machine, each with GPUs of its own; the CPU's memory they share.
 
     Raises:
         ConfigError: a model's path names nothing.
@@ -225,6 +227,8 @@ def plan_memory(
     used = {"cpu", *(str(device) for device in placement.devices)}
     # To ask a GPU makes this process a user of it: the others are asked only when advice needs them.
     asked = {name: device_memory(name) for name in available_devices() if name in used} if memory is None else memory
+    if ranks > 1:
+        asked = {**asked, "cpu": Memory(asked["cpu"].free // ranks, asked["cpu"].total // ranks)}
     chosen = _with_batch(config, placement, head, asked, found)
     plan = _planned(chosen, placement, head, asked, found)
     if chosen is not config:

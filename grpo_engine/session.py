@@ -99,7 +99,11 @@ class Plan:
                 "the same question, so it would judge nothing; set evaluation.judge to 'none', or that weight to 0."
             )
         texts = [prompt.text for prompt in (*self.train, *self.test, *self.validation)]
-        self.memory = plan_memory(config, self.placement, prompts=texts)
+        own = config
+        if world.size > 1:  # a rank holds its share of each step
+            share = config.training.batch_size // world.size
+            own = changed_settings(config, {"training.batch_size": share, "training.minibatches": 1})
+        self.memory = plan_memory(own, self.placement, prompts=texts, ranks=world.local_size)
         self.memory.require()
         if not config.models.image.batch_size:
             self.config = changed_settings(config, {"models.image.batch_size": self.memory.image_batch})

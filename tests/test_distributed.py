@@ -130,6 +130,20 @@ def test_a_step_that_ranks_cannot_share_evenly_is_refused() -> None:
     )
 
 
+def test_ranks_on_one_machine_plan_with_their_share_of_its_memory_and_of_a_step() -> None:
+    world = World()
+    world.size = world.local_size = 2
+    config = small("training.batch_size=4", "training.minibatches=4", "models.image.batch_size=0")
+    shared, alone = Plan(config, world), Plan(config)
+    assert shared.config.training == alone.config.training == config.training
+    (cpu,), (whole,) = shared.memory.devices, alone.memory.devices
+    assert cpu.memory is not None
+    assert whole.memory is not None
+    assert cpu.memory.total == whole.memory.total // 2
+    assert shared.memory.image_batch == 2 * 3, "pictures of two groups"
+    assert alone.memory.image_batch == 4 * 3
+
+
 def test_a_single_rank_owns_everything() -> None:
     assert list(ALONE.share(range(3))) == [0, 1, 2]
     assert ALONE.gather("x") == ["x"]

@@ -12,6 +12,7 @@ import pytest
 from store_samples import config, fill, training_run
 
 from grpo_engine.config import ROOT
+from grpo_engine.doctor import examine, print_findings
 from grpo_engine.store import Store, StoreError
 from grpo_engine.store.journal import VARIABLE, filesystem, is_network, journal_for
 
@@ -141,3 +142,17 @@ def test_what_a_dead_writer_left_half_done_is_undone_by_the_next(rollback: Path)
         assert store.check() == []
     with Store(rollback, read_only=True) as store, store.connections.read() as db:
         assert "filler" not in db.table_names()
+
+
+def test_doctor_says_which_journal_a_database_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs.db"
+    monkeypatch.setenv(VARIABLE, "rollback")
+    print_findings(examine(str(path), "tiny", ()))
+    assert f"Database {path} on {filesystem(path)}: rollback journal." in capsys.readouterr().out
+    monkeypatch.setenv(VARIABLE, "of old")
+    findings = examine(str(path), "tiny", ())
+    assert "GRPO_JOURNAL is 'of old'; set it to auto, wal or rollback." in findings["problems"]
+    print_findings(findings)
+    assert "GRPO_JOURNAL" in capsys.readouterr().out
