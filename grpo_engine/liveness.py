@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -89,7 +90,7 @@ class Watch:
         if self.rank == 0:
             self._left.set()
             self._thread.join()
-            if not isinstance(self.lost, _StoreGone):
+            with suppress(RuntimeError):  # the store may be gone, and with it everybody who could be told
                 self._bid_farewell()
         else:
             self._told.wait()
@@ -115,7 +116,7 @@ class Watch:
                 self._beat()
                 self._look_at_others() if self.rank == 0 else self._look_at_first()
             except RuntimeError as error:  # torch's network errors: the store's host is gone for good
-                self.lost = _StoreGone(
+                self.lost = RankLost(
                     f"The launcher that holds the ranks together can't be reached any more ({_short(error)}); "
                     "resume the run."
                 )
@@ -175,8 +176,10 @@ class Watch:
             _exit(1)
         if not self._left.wait(GRACE_S):
             print(f"Failed: {error}", file=sys.stderr)
-            self.on_stuck(str(error))
-            _exit(1)
+            try:
+                self.on_stuck(str(error))
+            finally:
+                _exit(1)
 
     def _name(self, rank: int) -> str:
         return f"Rank {rank} of {self.size} ({self._read(f'who/{rank}')})"
@@ -184,10 +187,6 @@ class Watch:
     def _read(self, key: str) -> str:
         text: str = self._store.get(key).decode()
         return text
-
-
-class _StoreGone(RankLost):
-    """Nobody can be told anything any more."""
 
 
 def _short(error: Exception) -> str:

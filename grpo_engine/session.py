@@ -147,7 +147,6 @@ class Session:
             self.store.set_state(self.run_id, "failed", str(error))
             return "failed"
         self.world.obey(self.control, lambda sentence: self.store.set_state(self.run_id, "failed", sentence))
-        self.world.decide(lambda: (before.config, resuming))  # what a companion waits for
         try:
             with TrackedRecorder(self.store, self.run_id, self.config) as recorder:
                 recorder.state("loading")
@@ -166,6 +165,7 @@ class Session:
     def _guarded(self, recorder: StoreRecorder, resuming: bool) -> tuple[str, str]:
         """Run; returns the final state and a sentence on why."""
         try:
+            self.world.decide(lambda: (self.config.model_dump(mode="json"), resuming))  # what a companion waits for
             self._run(recorder, resuming)
         except StopRequested:
             return "stopped", "Stopped on request; it can be resumed."

@@ -326,3 +326,27 @@ def test_accelerate_reads_its_configuration(name: str) -> None:
 @pytest.mark.parametrize("script", sorted((ROOT / "configs" / "slurm").glob("*.slurm")), ids=lambda path: path.name)
 def test_a_batch_script_is_valid_bash(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False).stderr == ""
+
+
+@pytest.mark.slow
+def test_the_multi_node_script_starts_every_rank(tmp_path: Path) -> None:
+    """On one node, with commands of SLURM's names that do what it would do there."""
+    for name, action in (("srun", 'exec "$@"'), ("scontrol", "echo localhost"), ("python3", f'{sys.executable} "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{action}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        ["bash", "configs/slurm/train-multinode.slurm", *flags(*SETTINGS), "--check"],
+        cwd=ROOT,
+        env=os.environ
+        | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GRPO_CONFIG": "tiny", "RANKS": "2", "OMP_NUM_THREADS": "1"}
+        | {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "PORT": str(port)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The settings are fine: policy on cpu") == 1, "only the first rank speaks"
