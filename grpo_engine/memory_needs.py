@@ -15,8 +15,10 @@ import torch
 
 from .config import RunConfig
 from .image_families import family_of
-from .model_sizes import ImageSize, PolicySize, RewardSize, Source, Weights
+from .image_sizes import ImageSize
+from .model_sizes import PolicySize, RewardSize
 from .placement import compute_dtype
+from .weight_sizes import Source, Weights
 
 Kind = Literal["exact", "estimate", "published size", "unknown"]
 KINDS: dict[Source, Kind] = {"files": "exact", "configuration": "exact", "published": "published size"}

@@ -22,19 +22,12 @@ from grpo_engine.config import ConfigError, RunConfig
 from grpo_engine.doctor import examine, print_findings
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.image_model import RenderJob, StableDiffusion3
+from grpo_engine.image_sizes import CLIP_G, CLIP_L, PUBLISHED_IMAGES, SD3_VAE, T5_XXL, image_size
 from grpo_engine.memory import GIB, Memory, MemoryPlan, MemoryRefusal, plan_memory
 from grpo_engine.memory_needs import Item, policy_needs, saved_by_layer, total
 from grpo_engine.model_sizes import (
-    CLIP_G,
-    CLIP_L,
-    PUBLISHED_IMAGES,
     PUBLISHED_POLICIES,
-    SD3_VAE,
-    T5_XXL,
     PolicySize,
-    UnknownSize,
-    Weights,
-    image_size,
     policy_size,
     prompt_tokens,
     read_sizes,
@@ -45,6 +38,7 @@ from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
 from grpo_engine.session import Plan
 from grpo_engine.tiny import WEIGHTS
+from grpo_engine.weight_sizes import UnknownSize, Weights
 from tests.conftest import Biased, run_config
 from tests.saved_policy import write_base
 

@@ -12,9 +12,9 @@ import torch
 from grpo_engine.config import ConfigError, ImageModelConfig, RunConfig
 from grpo_engine.image_families.base import PipelineModel
 from grpo_engine.image_model import RenderJob, load_image_model
+from grpo_engine.image_sizes import CLIP_H, CLIP_L_STATES, PUBLISHED_IMAGES, SD_VAE, image_size
 from grpo_engine.memory import GIB, Memory, MemoryPlan, plan_memory
 from grpo_engine.memory_needs import Needs, image_needs, total
-from grpo_engine.model_sizes import CLIP_H, CLIP_L_STATES, PUBLISHED_IMAGES, SD_VAE, image_size
 from grpo_engine.placement import resolve
 from grpo_engine.session import Plan
 from tests.image_folders import SETTINGS, write_image_model
