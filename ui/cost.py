@@ -24,7 +24,8 @@ _SAME = (
     *(f"models.{part}.{key}" for part in ("policy", "image", "reward") for key in ("path", "dtype")),
     "models.policy.adapter", "models.policy.quantize", "models.policy.gradient_checkpointing",
     "models.reward.weights.vqa", "models.image.resolution", "models.image.use_t5", "models.image.max_sequence_length",
-    "models.image.t5_on_cpu", "models.image.compile", "sampling.max_new_tokens", "training.inner_epochs", "training.minibatches",
+    "models.image.t5_on_cpu", "models.image.compile", "sampling.max_new_tokens",
+    "training.inner_epochs", "training.minibatches",
     "placement.plan", "placement.policy", "placement.image", "placement.reward", "placement.threads",
 )  # fmt: skip
 
