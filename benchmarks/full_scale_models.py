@@ -28,9 +28,9 @@ class Sizes:
     vision: dict[str, Any]
     tied: bool
     denoiser: dict[str, Any]
-    readers: tuple[dict[str, int], dict[str, int]]
+    readers: tuple[dict[str, Any], dict[str, Any]]
     autoencoder: tuple[int, ...]
-    t5: dict[str, int]
+    t5: dict[str, Any]
     reward: str
 
 
