@@ -151,6 +151,8 @@ def _train(options: argparse.Namespace, world: World) -> int:
     plan = Plan(config, world)
     for note in plan.prompts.report:
         print(f"note: {note}")
+    for download in plan.downloads:
+        print(f"note: {download.sentence}")
     if options.check:
         print(f"The settings are fine: {plan.placement.describe()}; {len(plan.train)} training prompts.")
         return DONE

@@ -136,6 +136,11 @@ class Download:
         """Of all files together."""
         return sum(size for _, size in self.files)
 
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        return f"{self.repository.name} must be downloaded first, {self.bytes / GB:.2f} GB."
+
 
 def repositories(config: RunConfig) -> list[Repository]:
     """The repositories that a run reads; none for embedded models and folders."""

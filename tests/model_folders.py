@@ -7,7 +7,6 @@ Qwen3-VL) with small numbers in them; the weights carry the published names; the
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +129,25 @@ def write_policy(folder: Path, family: str, *, shard: str = "5GB", seed: int = 0
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "config.json").write_text(settings)  # as published, not as the present version writes it
     _processor(family).save_pretrained(folder)
-    shutil.copy(WEIGHTS / "policy" / "chat_template.jinja", folder)
+    if family != "llava":
+        _as_published(folder, family)
     return folder
+
+
+def _as_published(folder: Path, family: str) -> None:
+    """Settings of pictures, of videos and of the chat in files of their own, as Qwen's repositories have them."""
+    saved = json.loads((folder / "processor_config.json").read_text())
+    pictures, videos = saved["image_processor"], saved["video_processor"]
+    kind = {"processor_class": saved["processor_class"]}
+    if family != "qwen3_vl":  # the earlier families say it in pixels
+        size = pictures.pop("size")
+        pictures |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures | kind))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos | kind))
+    chat = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": chat.read_text()}))
+    chat.unlink()
+    (folder / "processor_config.json").unlink()
 
 
 def _processor(family: str) -> Any:

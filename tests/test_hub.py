@@ -264,6 +264,15 @@ def test_an_interrupted_download_says_so_and_is_taken_up_again(server: HubServer
     loading.load_policy(config(), CPU)
 
 
+def test_the_command_line_says_how_much_will_be_downloaded(
+    server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.announced["model.safetensors.index.json"] = 2 * 10**9
+    settings = ["--set", f"models.policy.path={POLICY}", "--set", "placement.plan=cpu"]
+    assert main(["train", "--check", "--db", str(tmp_path / "runs.db"), *settings]) == 0
+    assert "note: owner/policy must be downloaded first, 2.00 GB." in capsys.readouterr().out
+
+
 def test_the_command_line_refuses_before_a_run_is_made(
     server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_runs import RankScorer, equal, fresh_environment, small, trainer, weights
+from engine_runs import equal, fresh_environment, small, trainer, weights
 from model_folders import CONFIGS, FAMILIES, LAYERS, write_policy
 from safetensors import safe_open
 from torch import Tensor
@@ -177,7 +177,7 @@ def test_two_training_steps_with_the_embedded_image_model_and_reward(folder: Pat
     config = small(
         f"models.policy.path={folder}", "training.steps=2", "training.learning_rate=1e-2", "sampling.max_new_tokens=6"
     )
-    trained, recorder = trainer(config, loaded=fresh_environment(config, RankScorer()))
+    trained, recorder = trainer(config, loaded=fresh_environment(config))
     before = weights(trained)
     trained.train()
     assert not equal(weights(trained), before)
@@ -186,7 +186,8 @@ def test_two_training_steps_with_the_embedded_image_model_and_reward(folder: Pat
     assert first["skipped"] == second["skipped"] == 0.0
     assert (first["grad_norm"] or 0.0) > 0.0
     assert (first["kl_penalty"] or 0.0) == pytest.approx(0.0, abs=1e-6) and (second["kl_penalty"] or 0.0) > 0.0
-    assert all(len(group.pictures) == 3 for groups in recorder.groups for group in groups)
+    groups = [group for groups in recorder.groups for group in groups]
+    assert all(len(group.pictures) == 3 and "clip" in group.scores[0].parts for group in groups)
 
 
 def test_a_vision_tower_beside_a_text_model_gets_no_adapter() -> None:
@@ -219,7 +220,7 @@ def _scaled(output: Any) -> Any:
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     folder = write_policy(tmp_path / "plain", "qwen2_5_vl")
-    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -20,10 +20,12 @@ def needs(config: RunConfig) -> dict[str, Any]:
 
     Sizes in bytes; None = not known. ``problem`` is empty when the run can start; ``field`` is the setting it names.
     """
-    problem = ""
+    problem, to_come = "", []
     memory: MemoryPlan | None
     try:
-        memory = Plan(config).memory
+        plan = Plan(config)
+        memory = plan.memory
+        to_come = [download.sentence for download in plan.downloads]
     except MemoryRefusal as error:
         problem, memory = str(error), error.plan
     except ConfigError as error:
@@ -34,7 +36,7 @@ def needs(config: RunConfig) -> dict[str, Any]:
         "field": named_in(problem),
         "models": [] if memory is None else [row for role in ROLES for row in _models(config, memory, *role)],
         "devices": [] if memory is None else [_device(device) for device in memory.devices],
-        "notes": [] if memory is None else list(memory.notes),
+        "notes": to_come + ([] if memory is None else list(memory.notes)),
     }
 
 
