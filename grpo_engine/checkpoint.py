@@ -2,7 +2,8 @@
 
 A checkpoint is the folder ``<run>/checkpoints/step-000020``: a peft adapter (``adapter_config.json`` and
 ``adapter_model.safetensors``; with full fine-tuning ``trainable.safetensors``), ``optimizer.safetensors``,
-``config.yaml``, and ``state.json``, which holds everything else. ``PeftModel.from_pretrained(base, folder)``
+``config.yaml``, with ``training.async_steps`` the ``rollouts.safetensors`` of the step ahead, and ``state.json``, which
+holds everything else. ``PeftModel.from_pretrained(base, folder)``
 reads it as it is. ``checkpoint_folder.py`` keeps the folders whole.
 
 Loading validates everything first: a refused checkpoint leaves policy and optimizer as they were.
@@ -16,7 +17,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ import safetensors
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
@@ -49,25 +52,32 @@ from .checkpoint_folder import (
     writing,
 )
 from .config import ROOT, RunConfig
+from .rollout import Completions
 
 __all__ = [
     "CheckpointError",
     "CheckpointState",
     "Found",
     "SavedPolicy",
+    "Snapshot",
     "find_checkpoint",
     "load_checkpoint",
     "prune",
+    "read_rollouts",
     "save_checkpoint",
+    "take_snapshot",
     "verify_checkpoint",
+    "write_checkpoint",
 ]
 
 ADAPTER = "default"
 WEIGHT_FILES = {"lora": "adapter_model.safetensors", "full": "trainable.safetensors"}
 OPTIMIZER_FILE = "optimizer.safetensors"
+ROLLOUTS_FILE = "rollouts.safetensors"
 # What two adapters of equal shapes can still differ in, so that the same weights mean something else.
 ADAPTER_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 SAMPLED_VALUES = 4096
+ROLLOUT_TENSORS = ("prompt_ids", "token_ids", "mask", "logprobs", "entropies", "kept", "finished")
 
 
 class SavedPolicy(Protocol):
@@ -89,8 +99,27 @@ class SavedPolicy(Protocol):
         """The weights being trained, by stable names."""
 
 
-def save_checkpoint(
-    run_folder: Path | str,
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, copied to the CPU at one moment: whatever training does next, it stays as it was."""
+
+    model: Any  # only for the adapter's configuration, which training never changes
+    base_source: str
+    base_fingerprint: str
+    step: int
+    config: RunConfig
+    metrics: Mapping[str, float | None]
+    extra: Any
+    rollouts: tuple[Completions, ...]
+    best_by: str
+    trained: dict[str, Tensor]  # by the policy's own names
+    weights: dict[str, Tensor]  # the same by their names in the weight file
+    optimizer: str
+    moments: dict[str, Tensor]
+    groups: list[dict[str, Any]]
+
+
+def take_snapshot(
     *,
     policy: SavedPolicy,
     optimizer: torch.optim.Optimizer,
@@ -98,46 +127,81 @@ def save_checkpoint(
     config: RunConfig,
     metrics: Mapping[str, float | None],
     extra: Any = None,
+    rollouts: Sequence[Completions] = (),
     best_by: str = "reward_mean",
-) -> Path:
-    """Write ``checkpoints/step-<step>`` in ``run_folder``, replacing an earlier one of the same step.
+) -> Snapshot:
+    """Copy what a checkpoint needs.
 
     Args:
         extra: anything JSON can hold; comes back from :func:`load_checkpoint`.
+        rollouts: what was sampled already for the step after; comes back from :func:`read_rollouts`.
         best_by: name of the metric by which the best checkpoint is chosen, higher is better.
 
     Raises:
-        CheckpointError: the disk refused, or weights are trained that the folder has no place for.
+        CheckpointError: weights are trained that a checkpoint has no place for.
+    """
+    copies = {id(p): p.detach().to("cpu", copy=True).contiguous() for p in policy.trainable().values()}
+    moments, groups = _optimizer_state(policy, optimizer)
+    return Snapshot(
+        model=policy.model,
+        base_source=_base_source(policy, config.models.policy.path),
+        base_fingerprint=base_fingerprint(policy),
+        step=step,
+        config=config,
+        metrics=dict(metrics),
+        extra=extra,
+        rollouts=tuple(rollouts),
+        best_by=best_by,
+        trained={name: copies[id(p)] for name, p in policy.trainable().items()},
+        weights={name: copies[id(p)] for name, p in _weight_parameters(policy).items()},
+        optimizer=type(optimizer).__name__,
+        moments=moments,
+        groups=groups,
+    )
+
+
+def save_checkpoint(run_folder: Path | str, **what: Any) -> Path:
+    """:func:`take_snapshot` of ``what``, and :func:`write_checkpoint`."""
+    return write_checkpoint(run_folder, take_snapshot(**what))
+
+
+def write_checkpoint(run_folder: Path | str, snapshot: Snapshot) -> Path:
+    """Write ``checkpoints/step-<step>`` in ``run_folder``, replacing an earlier one of the same step.
+
+    Raises:
+        CheckpointError: the disk refused.
         TypeError, ValueError: JSON can't hold ``extra``.
     """
     folder = Path(run_folder) / "checkpoints"
-    target = folder / f"step-{step:06d}"
+    target = folder / f"step-{snapshot.step:06d}"
     partial = folder / f".partial-{target.name}-{os.getpid()}"
+    config = snapshot.config
     try:
         with writing(f"The checkpoint {target}"):
             tidy(folder)
             serial = next_serial(folder)
             partial.mkdir(parents=True)
             fsync(folder.parent)
-            kind = _write_weights(partial, policy, config.models.policy.path)
-            tensors, groups = _optimizer_state(policy, optimizer)
-            save_file(tensors, partial / OPTIMIZER_FILE)
+            kind = _write_weights(partial, snapshot)
+            save_file(snapshot.moments, partial / OPTIMIZER_FILE)
+            if snapshot.rollouts:
+                _write_rollouts(partial / ROLLOUTS_FILE, snapshot.rollouts)
             (partial / "config.yaml").write_text(config.dump_yaml(), encoding="utf-8")
-            finite = {name: _finite(value) for name, value in metrics.items()}
+            finite = {name: _finite(value) for name, value in snapshot.metrics.items()}
             state = {
                 "format": FORMAT,
                 "version": VERSION,
-                "step": step,
+                "step": snapshot.step,
                 "serial": serial,
                 "kind": kind,
                 "metrics": finite,
-                "score": finite.get(best_by),
-                "extra": extra,
+                "score": finite.get(snapshot.best_by),
+                "extra": snapshot.extra,
                 "base_model": config.models.policy.path,
-                "base_source": _base_source(policy, config.models.policy.path),
-                "base_fingerprint": base_fingerprint(policy),
+                "base_source": snapshot.base_source,
+                "base_fingerprint": snapshot.base_fingerprint,
                 "config_fingerprint": config_fingerprint(config),
-                "optimizer": {"class": type(optimizer).__name__, "groups": groups},
+                "optimizer": {"class": snapshot.optimizer, "groups": snapshot.groups},
                 "versions": versions(),
                 "files": {file.name: sha256(file) for file in sorted(partial.iterdir())},
             }
@@ -166,6 +230,30 @@ def load_checkpoint(
         for parameter, saved in pairs:
             parameter.copy_(saved)
     return state
+
+
+def read_rollouts(state: CheckpointState) -> list[Completions]:
+    """What was sampled for the step after the checkpoint's; empty where nothing was."""
+    if ROLLOUTS_FILE not in state.files:
+        return []
+    with safe_open(state.path / ROLLOUTS_FILE, "pt") as file:
+        texts = json.loads(file.metadata()["texts"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dictionary)
+    found = []
+    for index, own in enumerate(texts):
+        fields: dict[str, Any] = {name: tensors.get(f"{index}.{name}") for name in ROLLOUT_TENSORS}
+        found.append(Completions(texts=tuple(own), **fields))
+    return found
+
+
+def _write_rollouts(file: Path, rollouts: Sequence[Completions]) -> None:
+    tensors = {
+        f"{index}.{name}": tensor.contiguous()
+        for index, completions in enumerate(rollouts)
+        for name in ROLLOUT_TENSORS
+        if (tensor := getattr(completions, name)) is not None
+    }
+    save_file(tensors, file, metadata={"texts": json.dumps([completions.texts for completions in rollouts])})
 
 
 def read_weights(state: CheckpointState) -> dict[str, Tensor]:
@@ -244,16 +332,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {lib.__name__: str(lib.__version__) for lib in libraries}
 
 
-def _write_weights(folder: Path, policy: SavedPolicy, base_model: str) -> str:
-    parameters = _weight_parameters(policy)
-    if not isinstance(policy.model, PeftModel):
-        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-        save_file(tensors, folder / WEIGHT_FILES["full"])
+def _write_weights(folder: Path, snapshot: Snapshot) -> str:
+    model = snapshot.model
+    if not isinstance(model, PeftModel):
+        save_file(snapshot.weights, folder / WEIGHT_FILES["full"])
         return "full"
-    policy.model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False, state_dict=snapshot.trained
+    )
     (folder / "README.md").unlink()  # names the folder the base was loaded from
     file = folder / "adapter_config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_model}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = snapshot.config.models.policy.path
     if isinstance(content["target_modules"], list):
         content["target_modules"].sort()  # a set, in an order that changes from process to process
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -294,7 +384,7 @@ def _optimizer_state(
         groups.append({"parameters": names, "options": options})
         for parameter, name in zip(group["params"], names, strict=True):
             for field, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{field}:{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{field}:{name}"] = value.detach().to("cpu", copy=True).contiguous()
     return tensors, groups
 
 

@@ -133,7 +133,7 @@ class ImageModelConfig(Section):
     batch_size: int = _f(
         32,
         "Most pictures rendered at once; 0 = as many of a step as the memory plan says fit. Halved where memory runs "
-        "out.",
+        "out. On a device of its own, less than a step lets the update begin while the rest is rendered.",
         ge=0,
         le=512,
         advanced=True,
@@ -152,6 +152,14 @@ class ImageModelConfig(Section):
     compile: bool = _f(
         False,
         "Compile the denoiser (torch.compile): faster steps after minutes at the start, pictures differ by rounding.",
+        advanced=True,
+    )
+    cache_mb: int = _f(
+        256,
+        "Pictures kept in memory, in megabytes, so that evaluations on the same prompts and latents render them once; "
+        "0 = none.",
+        ge=0,
+        le=1_000_000,
         advanced=True,
     )
 
@@ -283,7 +291,8 @@ class SamplingConfig(Section):
     top_p: float = _f(1.0, "Keep the likeliest tokens that together reach this probability; 1 = all.", gt=0.0, le=1.0)
     prompts_per_pass: int = _f(
         0,
-        "Prompts sampled side by side; 0 = the whole batch. Fewer need less memory.",
+        "Prompts sampled side by side; 0 = the whole batch. Fewer need less memory, and with streaming the first "
+        "pictures begin earlier.",
         ge=0,
         le=4096,
         advanced=True,
@@ -369,6 +378,21 @@ class TrainingConfig(Section):
         le=1_000_000,
         advanced=True,
     )
+    streaming: Literal["auto", "always", "never"] = _f(
+        "auto",
+        "Render and score on their devices while the policy updates on the groups that are ready. 'auto' where they "
+        "have devices of their own; 'always' also beside the policy on one device, which then needs the memory of all "
+        "at once. Never changes the result.",
+        advanced=True,
+    )
+    async_steps: int = _f(
+        0,
+        "1 = the next step's rewrites are sampled and rendered before the update they will follow, so that no device "
+        "waits for the update. They are one step stale, which the probability ratio corrects for.",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
     max_bad_steps: int = _f(
         3,
         "Steps in a row with a non-finite loss or gradient after which the run fails.",
@@ -447,6 +471,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.minibatches is {self.training.minibatches}, but a step has only "
                 f"{self.training.batch_size} groups (training.batch_size); use at most that many"
+            )
+        if self.training.async_steps and self.objective.dynamic_sampling:
+            raise ValueError(
+                "training.async_steps is 1, but objective.dynamic_sampling would wait for the rewards before the "
+                "update; set one of the two to 0"
+            )
+        if self.training.async_steps and self.training.streaming == "never":
+            raise ValueError(
+                "training.async_steps is 1, but with training.streaming 'never' nothing is rendered beside the update; "
+                "use 'auto' or set training.async_steps to 0"
             )
         if not self.evaluation.greedy and self.evaluation.samples == 0:
             raise ValueError("evaluation measures nothing: set evaluation.greedy or evaluation.samples above 0")

@@ -10,7 +10,7 @@ which is how training uses it (:meth:`~PureGRPOPromptEnvironment.rollout`). Both
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,15 @@ from torch import Tensor
 
 from .config import RunConfig
 from .image_model import ImageModel, RenderJob
+from .pipeline import HERE
+from .placement import Placement
 from .policy import Poll, PureGRPOPolicy, no_poll
 from .prompts import Prompt
+from .rendering import RenderCache, render_all
 from .reward import RewardModel
 from .rollout import Completions, Group, Picture, Score
 from .seeding import derive_seed, numpy_generator
+from .stream import GroupStream, Told
 
 QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
@@ -58,12 +62,66 @@ class PureGRPOPromptEnvironment:
         policy: writes completions, and knows the template and the end tokens.
         images: renders rewrites.
         reward: scores pictures against original prompts.
-        config: of the run; ``sampling`` and ``seed`` are used here.
+        config: of the run; ``sampling``, ``seed`` and ``training.streaming`` are used here.
+        further: image models beside ``images``, of the same weights on other devices; all render the same pictures.
+        placement: the models' devices; None = all on the policy's.
     """
 
-    def __init__(self, policy: PureGRPOPolicy, images: ImageModel, reward: RewardModel, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: PureGRPOPolicy,
+        images: ImageModel,
+        reward: RewardModel,
+        config: RunConfig,
+        *,
+        further: Sequence[ImageModel] = (),
+        placement: Placement | None = None,
+    ) -> None:
         self.policy, self.images, self.reward, self.config = policy, images, reward, config
+        self.further, self.placement = tuple(further), placement
+        self.cache = RenderCache(config.models.image.cache_mb * 1_000_000)
         self._episodes: list[_Episode] = []
+
+    # -- models and devices ------------------------------------------------------------------------------
+
+    @property
+    def replicas(self) -> tuple[ImageModel, ...]:
+        """All image models, the primary one first."""
+        return (self.images, *self.further)
+
+    @property
+    def batch_size(self) -> int:
+        """Most pictures that an image model renders at once."""
+        found: int = getattr(getattr(self.images, "config", None), "batch_size", 32)
+        return found or self.config.training.batch_size * self.config.sampling.num_rollouts
+
+    @property
+    def image_lanes(self) -> list[Hashable]:
+        """For each image model, who works it: HERE is the policy's own thread."""
+        devices = self.placement.images if self.placement else [None] * len(self.replicas)
+        return [self._lane(f"image {index}", device) for index, device in enumerate(devices)]
+
+    @property
+    def reward_lane(self) -> Hashable:
+        """Who works the reward model; where it asks the policy, the policy's own thread."""
+        if self.reward.uses_policy:
+            return HERE
+        return self._lane("reward", self.placement.reward if self.placement else None)
+
+    def _lane(self, name: str, device: torch.device | None) -> Hashable:
+        """Models on one device take turns; those on the policy's device work while it waits, unless told otherwise."""
+        apart = device is not None and self.placement is not None and device != self.placement.policy
+        if self.config.training.streaming == "never" or (self.config.training.streaming == "auto" and not apart):
+            return HERE
+        return str(device) if apart else name
+
+    def render(self, jobs: Sequence[RenderJob], *, poll: Poll = no_poll) -> list[Picture]:
+        """One picture for each job, in order, made by all image models or remembered from an earlier call.
+
+        For evaluations, which come back to their prompts and latents; those of a step never come again.
+        """
+        models = list(zip(self.image_lanes, self.replicas, strict=True))
+        return render_all(jobs, models, self.batch_size, self.cache, poll=poll)
 
     # -- whole groups ------------------------------------------------------------------------------------
 
@@ -75,84 +133,63 @@ class PureGRPOPromptEnvironment:
         *,
         attempt: int = 0,
         poll: Poll = no_poll,
-        on_phase: Any = None,
+        on_phase: Told | None = None,
     ) -> Iterator[Group]:
         """Sample, render and score ``group_size`` rewrites of each prompt; yields whole groups as they complete.
 
         Every random number comes from (seed, step, prompt id, k, attempt): all rollouts of a group share one
         initial latent (common random numbers), which is fresh at each step.
         """
-        told = on_phase or (lambda name, done, total: None)
-        groups: list[Group] = []
-        width = self.config.sampling.prompts_per_pass or len(prompts)
-        for start in range(0, len(prompts), width):
-            told("sampling", start, len(prompts))
-            begun = time.perf_counter()
-            chosen = prompts[start : start + width]
-            seeds = [
-                [self._seed("sample", step, prompt.id, k, attempt) for k in range(group_size)] for prompt in chosen
-            ]
-            completions = self.policy.sample([prompt.text for prompt in chosen], seeds, poll=poll)
-            share = (time.perf_counter() - begun) / len(chosen)
-            for prompt, written in zip(chosen, completions, strict=True):
-                group = self.new_group(prompt, written, self._seed("latent", step, prompt.id, attempt))
-                group.seconds["sample"] = share
-                groups.append(group)
-        yield from self.score_groups(groups, step, poll=poll, on_phase=told)
+        with GroupStream(self, len(prompts), poll=poll, told=on_phase) as stream:
+            for group in stream.sample(prompts, group_size, step, attempt):
+                stream.wait([group])
+                yield group
+
+    def sample_groups(
+        self, prompts: Sequence[Prompt], group_size: int, step: int, attempt: int = 0, *, poll: Poll = no_poll
+    ) -> list[Group]:
+        """Groups before rendering: ``group_size`` rewrites of each prompt, sampled side by side."""
+        begun = time.perf_counter()
+        seeds = [[self._seed("sample", step, prompt.id, k, attempt) for k in range(group_size)] for prompt in prompts]
+        completions = self.policy.sample([prompt.text for prompt in prompts], seeds, poll=poll)
+        share = (time.perf_counter() - begun) / len(prompts)
+        groups = self.sampled_groups(prompts, completions, step, attempt)
+        for group in groups:
+            group.seconds["sample"] = share
+        return groups
+
+    def sampled_groups(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completions], step: int, attempt: int = 0
+    ) -> list[Group]:
+        """Groups before rendering, of completions that were sampled for ``step``."""
+        return [
+            self.new_group(prompt, written, self._seed("latent", step, prompt.id, attempt))
+            for prompt, written in zip(prompts, completions, strict=True)
+        ]
 
     def new_group(self, prompt: Prompt, completions: Completions, latent_seed: int) -> Group:
         """A group before rendering: its completions parsed."""
         return Group(prompt, completions, tuple(parse_rewrite(text) for text in completions.texts), latent_seed)
 
     def score_groups(
-        self, groups: Sequence[Group], step: int, *, poll: Poll = no_poll, on_phase: Any = None
+        self, groups: Sequence[Group], step: int, *, poll: Poll = no_poll, on_phase: Told | None = None
     ) -> Iterator[Group]:
         """Render and score ``groups`` in place, and yield each as soon as it is whole."""
-        told = on_phase or (lambda name, done, total: None)
-        batch: list[Group] = []
-        done, total = 0, len(groups)
-        limit = getattr(getattr(self.images, "config", None), "batch_size", 32)
-        for index, group in enumerate(groups):
-            batch.append(group)
-            pending = sum(len(set(g.rewrites)) for g in batch)
-            if pending < limit and index + 1 < total:
-                continue
-            told("rendering", done, total)
-            self._render(batch, poll)
-            told("scoring", done, total)
-            for whole in batch:
-                begun = time.perf_counter()
-                self._score(whole, step)
-                whole.seconds["score"] = time.perf_counter() - begun
-                done += 1
-                yield whole
-            batch = []
-
-    def _render(self, groups: Sequence[Group], poll: Poll) -> None:
-        begun = time.perf_counter()
-        jobs = [
-            RenderJob(rewrite, group.latent_seed)
-            for group in groups
-            for rewrite in group.rewrites
-            if rewrite is not None
-        ]
-        pictures = dict(zip(jobs, self.images.render(jobs, poll=poll), strict=True))
-        share = (time.perf_counter() - begun) / len(groups)
+        stream = GroupStream(self, len(groups), poll=poll, told=on_phase)
+        stream.add(groups, step)
         for group in groups:
-            group.pictures = [
-                None if rewrite is None else pictures[RenderJob(rewrite, group.latent_seed)]
-                for rewrite in group.rewrites
-            ]
-            group.seconds["render"] = share
+            stream.wait([group])
+            yield group
 
-    def _score(self, group: Group, step: int) -> None:
+    def score(self, group: Group, step: int) -> Tensor:
+        """Set the scores of a group that has its pictures; returns its rewards, float32 (G,)."""
         prompts = [group.prompt.text] * len(group)
         group.scores = self.reward.score(group.pictures, prompts, group.rewrites)
         rewards = [score.total for score in group.scores]
         if self.config.models.reward.debug == "shuffle":
             generator = numpy_generator(self.config.seed, "shuffle", step, group.prompt.id)
             rewards = [rewards[i] for i in generator.permutation(len(rewards))]
-        group.rewards = torch.tensor(rewards, dtype=torch.float32)
+        return torch.tensor(rewards, dtype=torch.float32)
 
     def _seed(self, purpose: str, *parts: str | int) -> int:
         return derive_seed(self.config.seed, purpose, *parts)

@@ -111,7 +111,7 @@ class Evaluator:
             for index, text in enumerate(texts)
         ]
         jobs = [RenderJob(text, seed) for _, _, seed, text in rows if text is not None]
-        drawn = dict(zip(jobs, self.environment.images.render(jobs, poll=poll), strict=True))
+        drawn = dict(zip(jobs, self.environment.render(jobs, poll=poll), strict=True))
         pictures = [None if text is None else drawn[RenderJob(text, seed)] for _, _, seed, text in rows]
         scores = self.environment.reward.score(pictures, [row[0].text for row in rows], [row[3] for row in rows])
         judgements: list[Judgement | None] = [None] * len(rows)

@@ -282,7 +282,7 @@ def _source(config: RunConfig, part: str) -> str:
 def load_environment(
     config: RunConfig, placement: Placement | None = None, told: Callable[[str, int, int], None] | None = None
 ) -> PureGRPOPromptEnvironment:
-    """Load all three models onto their devices, after all that the cache lacks is downloaded.
+    """Load the models onto their devices, an image model on each of its, after all that the cache lacks is downloaded.
 
     ``told(name, done, total)`` hears of each, and of downloads in MB; what it raises ends a download.
     """
@@ -292,11 +292,11 @@ def load_environment(
     say("loading policy", 0, 3)
     policy = load_policy(config, placement.policy)
     say("loading image model", 1, 3)
-    images = load_images(config, placement.image)
+    images, *further = [load_images(config, device) for device in placement.images]
     say("loading reward", 2, 3)
     reward = with_policy(load_reward(config, placement.reward), policy)
     say("models loaded", 3, 3)
-    return PureGRPOPromptEnvironment(policy, images, reward, config)
+    return PureGRPOPromptEnvironment(policy, images, reward, config, further=further, placement=placement)
 
 
 def release_memory() -> None:

@@ -288,7 +288,9 @@ def _planned(
                 for device, need in placed
                 if device.type != "cpu"
             ]
-        devices.append(_device_plan(name, needs, memory.get(name)))
+            needs.append(Needs("pictures", [_remembered(config)]))
+        together = config.training.streaming == "always" and name == str(placement.policy)
+        devices.append(_device_plan(name, needs, memory.get(name), together=together))
     return MemoryPlan(tuple(devices), config.models.image.batch_size, sizes.notes)
 
 
@@ -296,10 +298,20 @@ def _passing(need: Needs, device: torch.device) -> Item:
     return Item(need.part, f"weights converted on their way to {device}", need.through_host, "estimate")
 
 
-def _device_plan(device: str, needs: list[Needs], memory: Memory | None) -> DevicePlan:
+def _remembered(config: RunConfig) -> Item:
+    """Pictures of evaluations that are kept to be used again, see ``rendering.RenderCache``."""
+    evaluation = config.evaluation
+    arms = 5 * (evaluation.prompts + (evaluation.validation_prompts if evaluation.every else 0))
+    size = arms * evaluation.images_per_prompt * 3 * config.models.image.resolution**2
+    return Item("pictures", "remembered of evaluations", min(size, config.models.image.cache_mb * 10**6), "estimate")
+
+
+def _device_plan(device: str, needs: list[Needs], memory: Memory | None, *, together: bool) -> DevicePlan:
+    """Models on one device take turns, unless streaming makes them work ``together``."""
     base, what = (PROCESS, "Python") if device == "cpu" else (CUDA_CONTEXT, "CUDA")
     items = [Item("process", f"{what} and its libraries", int(base), "estimate")]
-    largest = max((phase for need in needs for phase in need.phases), key=total, default=[])
+    heaviest = [max(need.phases, key=total, default=[]) for need in needs]
+    largest = [item for phase in heaviest for item in phase] if together else max(heaviest, key=total, default=[])
     for need in needs:
         items += need.stays
         in_turn = dict.fromkeys(item for phase in need.phases for item in phase)  # some belong to several phases

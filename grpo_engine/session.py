@@ -12,11 +12,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, CheckpointState, find_checkpoint, load_checkpoint, prune, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    CheckpointState,
+    Snapshot,
+    find_checkpoint,
+    load_checkpoint,
+    prune,
+    read_rollouts,
+    take_snapshot,
+    write_checkpoint,
+)
 from .config import ConfigError, RunConfig
 from .control import RunControl, StopRequested
 from .distributed import ALONE, RankLost, World
@@ -56,6 +67,11 @@ class Plan:
             raise ConfigError(
                 f"training.batch_size is {config.training.batch_size}, but {world.size} ranks share a step in whole "
                 f"groups; set it to a multiple of {world.size}, or start another number of ranks."
+            )
+        if config.training.async_steps and world.size > 1:
+            raise ConfigError(
+                f"training.async_steps is 1, but of {world.size} ranks only the first could save what it has sampled "
+                "ahead; set it to 0, or start one rank."
             )
         self.placement: Placement = (
             resolve(config.placement)
@@ -133,6 +149,7 @@ class Session:
         self.world = world
         self.folder: Path = store.run_dir(run_id)
         self._metrics: dict[str, float | None] = {}  # of the last step
+        self._saving: Future[None] | None = None
 
     def run(self) -> str:
         """Execute the run to its end; returns the final state.
@@ -166,7 +183,9 @@ class Session:
         """Run; returns the final state and a sentence on why."""
         try:
             self.world.decide(lambda: (self.config.model_dump(mode="json"), resuming))  # what a companion waits for
-            self._run(recorder, resuming)
+            with ThreadPoolExecutor(1, "checkpoint") as self._saver:
+                self._run(recorder, resuming)
+                self._saved()
         except StopRequested:
             return "stopped", "Stopped on request; it can be resumed."
         except (ConfigError, CheckpointError, TrainingFailed, RankLost) as error:
@@ -212,7 +231,10 @@ class Session:
             recorder.event("placement", devices if self.world.size == 1 else f"rank {rank}: {devices}")
         if chosen != self.config:
             recorder.event("image_batch", f"At most {self.config.models.image.batch_size} pictures at once fit.")
-        environment.images.told = recorder.event
+        for model in environment.replicas:
+            model.told = recorder.event
+        if self.config.training.async_steps:
+            recorder.event("async", "Steps learn from rewrites of the policy before its last update (staleness 1).")
         policy = environment.policy
         if isinstance(recorder, StoreRecorder):
             recorder.token_text = policy.token_text
@@ -246,6 +268,7 @@ class Session:
                 recorder.flush()
                 if trainer.step:  # on the first rank, which alone is told to stop
                     self._save(trainer, recorder, self._metrics)
+                    self._saved()
                 raise
         recorder.state("evaluating")
         items = self._measure("final", trainer.step, evaluator, recorder, trained=True, beside=baseline)
@@ -266,8 +289,8 @@ class Session:
             if found.note:
                 recorder.event("warning", found.note)
             state = load_checkpoint(found.path, trainer.policy, trainer.optimizer)
-            trainer.step, self._metrics = state.step, state.metrics
-            trainer.bad_steps = int(state.extra.get("bad_steps", 0))
+            self._metrics = state.metrics
+            trainer.go_on(state.step, int(state.extra.get("bad_steps", 0)), read_rollouts(state))
         recorder.flush()
         self.store.truncate_after(self.run_id, trainer.step)
         recorder.event("resumed", f"Continuing after step {trainer.step}.")
@@ -296,26 +319,42 @@ class Session:
         judge = make_judge(self.config.evaluation.judge, prompts, trainer.policy)
         evaluator = Evaluator(trainer.environment, judge, self.world.share(prompts), self.config)
         recorder.state("evaluating")
+        trainer.stream.pipeline.settle()  # what is rendered ahead: a model works for one caller at a time
+        remembered = trainer.environment.cache.hits
         items = self._measured(evaluator.arms(trained=False) + evaluator.arms(trained=True), evaluator, recorder)
         split = "validation" if plan.validation else "test"
         summary = self.world.decide(lambda: summarise(items, self.config))
         recorder.evaluation(Evaluation("validation", step, split, items, summary))
+        if remembered := trainer.environment.cache.hits - remembered:
+            recorder.event("cache", f"{remembered} pictures of this evaluation were remembered, not rendered again.")
         recorder.state("training")
 
     def _save(self, trainer: PureGRPOTrainer, recorder: AnyRecorder, metrics: dict[str, float | None]) -> None:
-        """A checkpoint, never newer than what is recorded."""
-        recorder.flush()
-        save_checkpoint(
-            self.folder,
+        """A checkpoint of this moment, written while training goes on; at most one is being written at a time."""
+        self._saved()
+        snapshot = take_snapshot(
             policy=trainer.policy,
             optimizer=trainer.optimizer,
             step=trainer.step,
             config=self.config,
             metrics=metrics,
             extra={"bad_steps": trainer.bad_steps},
+            rollouts=[group.completions for group in trainer.ahead],
         )
+        self._saving = self._saver.submit(self._write, snapshot, recorder)
+
+    def _write(self, snapshot: Snapshot, recorder: AnyRecorder) -> None:
+        """In a thread of its own: the recording first, so that no checkpoint is newer than what is recorded."""
+        recorder.flush()
+        write_checkpoint(self.folder, snapshot)
         prune(self.folder, self.config.recording.keep_checkpoints)
-        recorder.event("checkpoint", f"Saved the policy after step {trainer.step}.")
+        recorder.event("checkpoint", f"Saved the policy after step {snapshot.step}.")
+
+    def _saved(self) -> None:
+        """Wait for the checkpoint that is being written, if one is; raises what that ran into."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def _measure(
         self,

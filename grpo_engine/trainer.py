@@ -33,8 +33,9 @@ from .objective import (
 )
 from .prompts import Prompt
 from .recorder import Recorder
-from .rollout import Group, mean_length
+from .rollout import Completions, Group, mean_length
 from .seeding import derive_seed, numpy_generator, seeded_initialization
+from .stream import GroupStream
 
 RATIO_TOLERANCE = 1e-4
 
@@ -82,6 +83,13 @@ class PureGRPOTrainer:
         self.recorder, self.control, self.after_step = recorder, control, after_step
         self.world = world
         self.judge = judge if judge is not None and judge.cheap else None
+        self.stream = GroupStream(
+            environment,
+            len(world.share(range(config.training.batch_size))),
+            poll=control.poll,
+            held=lambda: control.paused,
+            told=recorder.phase,
+        )
         self.parameters = list(self.policy.trainable().values())
         training = config.training
         self.optimizer = torch.optim.AdamW(
@@ -91,6 +99,7 @@ class PureGRPOTrainer:
             weight_decay=training.weight_decay,
         )
         self.step = 0
+        self.ahead: list[Group] = []  # of the next step, if they were sampled before the last update
         self.bad_steps = 0
         self._ratio_reported = False
         self._seconds: dict[str, float] = defaultdict(float)
@@ -105,29 +114,58 @@ class PureGRPOTrainer:
             StopRequested: when asked to stop; the steps recorded so far stand.
             TrainingFailed: after too many steps in a row without a finite update.
         """
-        while self.step < self.config.training.steps:
-            self.control.poll()
-            step = self.step + 1
-            self._seconds = defaultdict(float)
-            begun = time.perf_counter()
+        with self.stream:
+            while self.step < self.config.training.steps:
+                self.control.poll()
+                step = self.step + 1
+                self._seconds = defaultdict(float)
+                begun, idle = time.perf_counter(), self.stream.pipeline.idle_seconds
 
-            groups, resampled = self.collect(step)
-            self.assign_advantages(groups)
-            update = self.update(groups, step)
-            groups = self.world.collect(groups)
+                staleness = len(self.ahead) > 0
+                groups, resampled = (self.ahead, 0) if staleness else self.collect(step)
+                following = self.collect(step + 1)[0] if self._goes_ahead else []
+                # From here on the groups are sampled; they are rendered and scored beside this thread, or in it.
+                if not self._streams:
+                    self.assign_advantages(groups)
+                update = self.update(groups, step) | {"staleness": float(staleness)}
 
-            self._report_ratio(update["ratio_error"])
-            metrics = self._metrics(groups, update, resampled, time.perf_counter() - begun)
-            with self._timed("record"):
-                self.recorder.step(step, metrics, groups)
-            self._recording = self._seconds["record"]
-            self.step = step
-            self.after_step(step, metrics)
-            if self.bad_steps >= self.config.training.max_bad_steps:
-                raise TrainingFailed(
-                    f"The loss or its gradient was not a finite number in {self.bad_steps} steps in a row; the last "
-                    "good checkpoint is kept. Lower training.learning_rate, or use models.policy.dtype=float32."
-                )
+                if not staleness:
+                    self._report_ratio(update["ratio_error"])
+                self._count_seconds(groups)
+                self._seconds["wait"] = self.stream.pipeline.idle_seconds - idle
+                groups = self.world.collect(groups)
+                metrics = self._metrics(groups, update, resampled, time.perf_counter() - begun)
+                with self._timed("record"):
+                    self.recorder.step(step, metrics, groups)
+                self._recording = self._seconds["record"]
+                self.step, self.ahead = step, following
+                self.after_step(step, metrics)
+                if self.bad_steps >= self.config.training.max_bad_steps:
+                    raise TrainingFailed(
+                        f"The loss or its gradient was not a finite number in {self.bad_steps} steps in a row; the "
+                        "last good checkpoint is kept. Lower training.learning_rate, or use "
+                        "models.policy.dtype=float32."
+                    )
+
+    @property
+    def _streams(self) -> bool:
+        """Whether a group can be learned from before the others of its step have their rewards.
+
+        Not where the policy itself scores them: it can't do that in the middle of an update.
+        """
+        alone = self.config.objective.scale != "batch" and not self.environment.reward.uses_policy
+        return self.stream.beside and alone
+
+    @property
+    def _goes_ahead(self) -> bool:
+        """Whether the step after the one under way is to be sampled before its update."""
+        return self.config.training.async_steps > 0 and self.step + 1 < self.config.training.steps
+
+    def go_on(self, step: int, bad_steps: int, ahead: Sequence[Completions]) -> None:
+        """Continue after ``step``; ``ahead`` are the completions of :attr:`ahead` when it was left."""
+        self.step, self.bad_steps = step, bad_steps
+        self.ahead = self.environment.sampled_groups(self.batch(step + 1), ahead, step + 1) if ahead else []
+        self.stream.add(self.ahead, step + 1)
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of ``step``: a fresh seeded order each epoch, all prompts of a step different."""
@@ -138,22 +176,27 @@ class PureGRPOTrainer:
         return [self.prompts[i] for i in order[place * size : (place + 1) * size]]
 
     def collect(self, step: int) -> tuple[list[Group], int]:
-        """This rank's scored groups of a step, and how many of all ranks' were thrown away for lack of spread
+        """This rank's sampled groups of a step, and how many of all ranks' were thrown away for lack of spread
         (dynamic sampling).
+
+        They are whole once :attr:`stream` has been waited for.
         """
-        batch = self.batch(step)
+        batch, size = self.batch(step), self.config.sampling.num_rollouts
         mine = self.world.share(range(len(batch)))  # places in the batch
-        groups = list(self._rollout([batch[place] for place in mine], step, attempt=0))
+        groups = self.stream.sample([batch[place] for place in mine], size, step)
         resampled = 0
         spare = self._spares(step, batch)
         for attempt in range(1, self.config.objective.dynamic_sampling + 1):
+            self.stream.wait(groups)
             dead = [place for place, flat in enumerate(self._flat(self._all_rewards(groups))) if flat]
             chosen = dict(zip(dead, spare, strict=False))
             if not chosen:
                 break
             own = {place: prompt for place, prompt in chosen.items() if place in mine}
             if own:
-                for place, group in zip(own, self._rollout(list(own.values()), step, attempt), strict=True):
+                self._count_seconds([groups[place - mine[0]] for place in own])
+                others = self.stream.sample(list(own.values()), size, step, attempt)
+                for place, group in zip(own, others, strict=True):
                     groups[place - mine[0]] = group
             resampled += len(chosen)
         return groups, resampled
@@ -164,18 +207,10 @@ class PureGRPOTrainer:
         order = numpy_generator(self.config.seed, "spare", step).permutation(len(self.prompts))
         return (self.prompts[i] for i in order if self.prompts[i].id not in used)
 
-    def _rollout(self, prompts: Sequence[Prompt], step: int, attempt: int) -> Iterator[Group]:
-        for group in self.environment.rollout(
-            prompts,
-            self.config.sampling.num_rollouts,
-            step,
-            attempt=attempt,
-            poll=self.control.poll,
-            on_phase=self.recorder.phase,
-        ):
+    def _count_seconds(self, groups: Sequence[Group]) -> None:
+        for group in groups:
             for phase, seconds in group.seconds.items():
                 self._seconds[phase] += seconds
-            yield group
 
     def _all_rewards(self, groups: Sequence[Group]) -> Tensor:
         """Rewards of all groups of the step, float32 (P, G), from every rank's ``groups``."""
@@ -186,10 +221,12 @@ class PureGRPOTrainer:
         return zero_spread_groups(rewards, objective.min_std, unbiased=objective.unbiased).tolist()
 
     def assign_advantages(self, groups: Sequence[Group]) -> None:
-        """Set every group's advantages from their rewards.
+        """Set every group's advantages from their rewards, which are waited for.
 
-        With ``objective.scale=batch`` they depend on all groups of the step, those of the other ranks included.
+        With ``objective.scale=batch`` they depend on all groups of the step, those of the other ranks included;
+        otherwise each group is its own, and ``groups`` may be any of them.
         """
+        self.stream.wait(groups)
         objective = self.config.objective
         pooled = objective.scale == "batch"
         advantages = group_advantages(
@@ -218,8 +255,10 @@ class PureGRPOTrainer:
             for epoch in range(self.config.training.inner_epochs):
                 for number, part in enumerate(self._minibatches(groups, step, epoch)):
                     with seeded_initialization(derive_seed(self.config.seed, "dropout", step, epoch, number)):
-                        figures = self._optimise(part, first=epoch == 0 and number == 0)
-                    for name, value in figures.items():
+                        sums = self._accumulate(part, first=count == 0)
+                    if count == 0:  # a stop or an error after the first optimiser step would leave this one half done
+                        self._arrive([group for group in groups if not len(group.advantages)])
+                    for name, value in self._apply(sums).items():
                         totals[name] += value
                     count += 1
         self.bad_steps = self.bad_steps + 1 if totals["skipped"] else 0
@@ -251,12 +290,20 @@ class PureGRPOTrainer:
         left = 1.0 - share if training.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
         return training.learning_rate * left
 
-    def _optimise(self, groups: Sequence[Group], *, first: bool) -> dict[str, float]:
-        """One optimiser step, its gradient accumulated group by group.
+    def _arrive(self, groups: Sequence[Group]) -> None:
+        """Wait for groups of this step that are still rendered or scored, and set their advantages."""
+        if groups:
+            begun = time.perf_counter()
+            self.assign_advantages(groups)
+            self._seconds["update"] -= time.perf_counter() - begun
 
-        Every loss is a sum over tokens or sequences divided by a size known beforehand, so how the groups are
-        cut into forward passes never changes the gradient. A group without spread is left out of the backward
-        pass, but counts in that size: a step that learns from fewer groups is a smaller step.
+    def _accumulate(self, groups: Sequence[Group], *, first: bool) -> dict[str, float]:
+        """The gradient of one optimiser step, group by group in their order, each as soon as it is whole.
+
+        Returns sums of figures over groups and tokens. Every loss is a sum over tokens or sequences divided by a size
+        known once all are sampled, so how the groups are cut into forward passes never changes the gradient. A group
+        without spread is left out of the backward pass, but counts in that size: a step that learns from fewer groups
+        is a smaller step.
         """
         objective = self.config.objective
         how, longest = objective.aggregation, self.config.sampling.max_new_tokens
@@ -266,9 +313,11 @@ class PureGRPOTrainer:
         sums: dict[str, float] = defaultdict(float)
         self.policy.model.train()
         try:
-            for group, flat in zip(groups, self._flat(_rewards(groups)) if groups else [], strict=True):
-                if first:  # a stop after the first optimiser step of a batch would save a step that is half done
+            for group in groups:
+                if first:  # later the step would be left half done
                     self.control.poll()
+                    self._arrive([] if len(group.advantages) else [group])
+                (flat,) = self._flat(_rewards([group]))
                 rows = self.config.training.update_rows or len(group)
                 kl_rows, shift_rows = [], []
                 for start in range(0, len(group), rows):
@@ -281,6 +330,10 @@ class PureGRPOTrainer:
                 group.kl, group.shift = torch.cat(kl_rows), torch.cat(shift_rows)
         finally:
             self.policy.model.eval()
+        return sums
+
+    def _apply(self, sums: dict[str, float]) -> dict[str, float]:
+        """The optimiser step itself, unless loss or gradient is not finite; returns mean figures."""
         self.world.sum_gradients(self.parameters)
         sums = self.world.sum_figures(sums, largest=("ratio_error",))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)

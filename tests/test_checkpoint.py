@@ -35,10 +35,14 @@ from grpo_engine.checkpoint import (
     CheckpointError,
     config_fingerprint,
     load_checkpoint,
+    read_rollouts,
     save_checkpoint,
+    take_snapshot,
     verify_checkpoint,
+    write_checkpoint,
 )
 from grpo_engine.config import RunConfig
+from grpo_engine.rollout import Completions
 
 FILES = [
     "adapter_config.json",
@@ -113,6 +117,49 @@ def test_training_continued_from_a_checkpoint_is_bit_identical(base: Path, tmp_p
     mine, theirs = optimizer.state_dict(), resumed_optimizer.state_dict()
     assert mine["param_groups"] == theirs["param_groups"]
     assert all(same(mine["state"][key], theirs["state"][key]) for key in mine["state"])
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_snapshot_stays_what_it_was_while_training_goes_on(base: Path, tmp_path: Path, adapter: str) -> None:
+    policy = load_policy(base, adapter=adapter)
+    optimizer = new_optimizer(policy)
+    train(policy, optimizer, range(2))
+    what: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "step": 2, "metrics": {"reward_mean": 1.0}}
+    what |= {"config": run_config(base, adapter=adapter)}
+    at_once = save_checkpoint(tmp_path / "at once", **what)
+    snapshot = take_snapshot(**what)
+    train(policy, optimizer, range(2, 4))
+    later = write_checkpoint(tmp_path / "later", snapshot)
+    for file in at_once.iterdir():
+        assert (later / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_rollouts_that_wait_for_the_next_step_come_back_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    policy = load_policy(base)
+    generator = torch.Generator().manual_seed(1)
+    waiting = [
+        Completions(
+            torch.arange(5),
+            torch.randint(0, 9, (3, width), generator=generator),
+            torch.rand(3, width, generator=generator) > 0.5,
+            torch.randn(3, width, generator=generator),
+            torch.randn(3, width, generator=generator),
+            kept,
+            ("ein grüner Kreis", "", 'a "quoted" one\n'),
+            torch.tensor([True, False, True]),
+        )
+        for width, kept in ((4, None), (2, torch.randint(-1, 9, (3, 2, 6), generator=generator)))
+    ]
+    what: dict[str, Any] = {"policy": policy, "optimizer": new_optimizer(policy), "config": run_config(base)}
+    path = save_checkpoint(tmp_path, **what, step=1, metrics={}, rollouts=waiting)
+    found = read_rollouts(verify_checkpoint(path))
+    for mine, theirs in zip(waiting, found, strict=True):
+        assert mine.texts == theirs.texts
+        for name in ("prompt_ids", "token_ids", "mask", "logprobs", "entropies", "kept", "finished"):
+            one, other = getattr(mine, name), getattr(theirs, name)
+            assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other)), name
+    without = save_checkpoint(tmp_path, **what, step=2, metrics={})
+    assert read_rollouts(verify_checkpoint(without)) == []
 
 
 def test_the_optimizer_file_is_keyed_by_parameter_names_and_keeps_step_counts(saved: Path, trained: Trained) -> None:

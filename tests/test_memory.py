@@ -703,3 +703,23 @@ def test_doctor_plans_for_devices_that_are_not_here(tmp_path: Path, capsys: pyte
     assert "not on this machine: can't say whether it fits" in capsys.readouterr().out
     config = RunConfig.load("tiny", overrides)
     assert plan_memory(config, intended(config.placement)).fits is None
+
+
+def test_models_that_stream_on_one_device_need_their_memory_at_once_and_else_take_turns() -> None:
+    def counted(streaming: str) -> dict[str, str]:
+        plan = planned(f"training.streaming={streaming}", "placement.plan=one-gpu", preset="three-gpu", cuda0=140)
+        return {item.what: item.part for item in on(plan, "cuda:0") if item.counted}
+
+    in_turn, at_once = counted("auto"), counted("always")
+    assert in_turn.items() < at_once.items()
+    # Decoding pictures is the largest phase, which the others hide behind while they take turns.
+    assert {part for what, part in at_once.items() if what not in in_turn} == {"policy", "reward"}
+
+
+def test_the_pictures_that_are_remembered_take_no_more_than_their_setting_and_than_there_are() -> None:
+    few = "evaluation.prompts=10"
+    assert size_of(on(planned(few), "cpu"), "remembered of evaluations") == 5 * 10 * 2 * 3 * 96**2
+    more = planned(few, "evaluation.every=5", "evaluation.validation_prompts=4")
+    assert size_of(on(more, "cpu"), "remembered of evaluations") == 5 * 14 * 2 * 3 * 96**2
+    assert size_of(on(planned("models.image.cache_mb=1"), "cpu"), "remembered of evaluations") == 10**6
+    assert size_of(on(planned("models.image.cache_mb=0"), "cpu"), "remembered of evaluations") == 0

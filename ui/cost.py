@@ -86,6 +86,7 @@ def measure(store: Store, run: RunRow) -> Measured | None:
     step, render = _mean(columns["seconds"]), _mean(columns["seconds_render"])
     if not step:
         return None
+    render = min(render, step)  # several image models beside each other render longer than the step takes
     loading = picture = None
     made = {row.kind: row for row in evaluations if row.items}
     if "baseline" in made and run.started is not None and not run.resumed_count:
