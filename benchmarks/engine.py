@@ -1,0 +1,76 @@
+"""What the benchmarks of the engine share: a trainer run step by step that records nothing, and a count of tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from grpo_engine.config import RunConfig
+from grpo_engine.control import RunControl
+from grpo_engine.environment import PureGRPOPromptEnvironment
+from grpo_engine.prompts import Prompt
+from grpo_engine.recorder import Evaluation
+from grpo_engine.rollout import Group
+from grpo_engine.trainer import PureGRPOTrainer
+
+
+class Nobody:
+    """A recorder that keeps nothing."""
+
+    def state(self, state: str, message: str = "") -> None: ...
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
+    def step(self, step: int, metrics: Mapping[str, float | None], groups: Sequence[Group]) -> None: ...
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+    def event(self, kind: str, message: str, **data: Any) -> None: ...
+    def flush(self) -> None: ...
+
+
+class _StepDone(Exception):
+    """Leaves the training loop after a step; the next call goes on from there."""
+
+
+class Stepper:
+    """The real trainer, one whole step at a time."""
+
+    def __init__(
+        self, config: RunConfig, environment: PureGRPOPromptEnvironment, prompts: Sequence[Prompt], judge: Any = None
+    ) -> None:
+        self._metrics: dict[str, float | None] = {}
+        self.trainer = PureGRPOTrainer(config, environment, prompts, Nobody(), RunControl(), self._after, judge)
+
+    def _after(self, step: int, metrics: dict[str, float | None]) -> None:
+        self._metrics = metrics
+        raise _StepDone
+
+    def __call__(self) -> dict[str, float]:
+        """Run one step; its metrics, with its wall time as ``wall``, in seconds."""
+        begun = time.perf_counter()
+        try:
+            self.trainer.train()
+        except _StepDone:
+            pass
+        wall = time.perf_counter() - begun
+        return {name: float(value) for name, value in self._metrics.items() if value is not None} | {"wall": wall}
+
+
+class TokenCount:
+    """Counts what goes through a model's embedding: by a name that the caller sets, in tokens and in calls."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.now = ""
+        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def _count(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.now:
+            self.tokens[self.now] += inputs[0].numel()
+            self.calls[self.now] += 1
+
+    def close(self) -> None:
+        """Stop counting."""
+        self._handle.remove()
