@@ -1,7 +1,8 @@
 """The other side of ``vs_trl.py``: the same job as a run of TRL's ``GRPOTrainer``, stopped after every step.
 
-Everything that TRL leaves to its user is ours: the prompts' text, the parsing of completions, the image model, the
-reward model and the latents. Everything else is TRL's, with its defaults but for what makes the two jobs the same.
+What TRL leaves to its user is written here as a user would: a reward function that renders every completion with
+the same image model, on the same latents a group, and scores it with the same reward model. Everything else is TRL's,
+with its defaults but for what makes the two jobs the same.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from engine import TokenCount
 from torch import Tensor
 
 from grpo_engine.config import RunConfig
 from grpo_engine.environment import PureGRPOPromptEnvironment, parse_rewrite
+from grpo_engine.image_families.base import PipelineModel
 from grpo_engine.image_model import RenderJob
 from grpo_engine.loading import model_folder
+from grpo_engine.policy import no_poll
 from grpo_engine.prompts import Prompt
-from grpo_engine.rollout import Completions
+from grpo_engine.rollout import Completions, Picture
 from grpo_engine.seeding import derive_seed
 
+UNCLIPPED = 1e6
 MISSING = (
     "This benchmark compares with TRL, which is not installed here; install it into an environment of its own: "
     "python -m venv .venv-trl && .venv-trl/bin/python -m pip install -r benchmarks/requirements.txt"
@@ -49,6 +54,7 @@ class TrlSide:
         batches: the prompts of each step.
         between: called after each of TRL's steps, with the step's number from 1; its time is not TRL's.
         folder: for whatever TRL writes.
+        distinct: the reward function renders identical rewrites of a group once.
     """
 
     def __init__(
@@ -58,6 +64,8 @@ class TrlSide:
         batches: Sequence[Sequence[Prompt]],
         between: Callable[[int], None],
         folder: str,
+        *,
+        distinct: bool,
     ) -> None:
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
@@ -68,11 +76,13 @@ class TrlSide:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
         self.config, self.environment, self.policy = config, environment, environment.policy
+        self.distinct = distinct
         self.seconds: dict[str, float] = defaultdict(float)
         self.steps: list[dict[str, float]] = []
         self.gradient: Tensor | None = None
         self.replayed: list[Completions] = []
         self.rewards: list[float] = []
+        self.mean_rewards: list[float] = []
         self._begun = 0.0
         settings, sampling, training = config.models.policy, config.sampling, config.training
         path = model_folder(settings.path, "policy")
@@ -102,11 +112,11 @@ class TrlSide:
             loss_type="grpo",
             scale_rewards="group",
             learning_rate=training.learning_rate,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=training.schedule,
             weight_decay=training.weight_decay,
             adam_beta1=training.beta1,
             adam_beta2=training.beta2,
-            max_grad_norm=training.max_grad_norm,
+            max_grad_norm=UNCLIPPED,  # in the comparison of gradients; then as ours
             max_steps=len(batches),
             shuffle_dataset=False,
             report_to="none",
@@ -161,6 +171,15 @@ class TrlSide:
         """All steps."""
         self.trainer.train()
 
+    def begin(self) -> None:
+        """After the comparison of gradients: from here on it is a run like any other."""
+        self.replayed = []
+        self.trainer.args.max_grad_norm = self.config.training.max_grad_norm
+        self.trainer.optimizer.state.clear()
+        self.steps.clear()
+        self.count.tokens.clear()
+        self.count.calls.clear()
+
     # -- in the place of TRL's phases ----------------------------------------------------------------------
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -193,13 +212,24 @@ class TrlSide:
             None if rewrite is None else RenderJob(rewrite, derive_seed(self.config.seed, "latent", step, prompt, 0))
             for rewrite, prompt in zip(rewrites, name, strict=True)
         ]
-        drawn = iter(self.environment.images.render([job for job in jobs if job is not None]))
+        drawn = iter(self._render([job for job in jobs if job is not None]))
         pictures = [None if job is None else next(drawn) for job in jobs]
         self.seconds["render"] += time.perf_counter() - begun
         begun = time.perf_counter()
         scores = self.environment.reward.score(pictures, text, rewrites)
         self.seconds["score"] += time.perf_counter() - begun
+        self.mean_rewards.append(float(np.mean([score.total for score in scores])))
         return [score.total for score in scores]
+
+    def _render(self, jobs: list[RenderJob]) -> list[Picture]:
+        """Every picture, in batches; with ``distinct`` only one of those that are the same, as our environment does."""
+        images = self.environment.images
+        if self.distinct:
+            return images.render(jobs)
+        assert isinstance(images, PipelineModel)
+        size = images.batch_size or len(jobs)
+        batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        return [picture for batch in batches for picture in images._render_batch(batch, no_poll)]
 
     def _end_step(self) -> None:
         wall = time.perf_counter() - self._begun

@@ -1,10 +1,11 @@
 """The same GRPO job here and in TRL's ``GRPOTrainer``, step by step in turn: time by phase, and why.
 
-Both train the embedded policy with the same LoRA on the same prompts, sample groups of the same size and length
-from the same distribution, and call the same image model and reward model on the same latents, on the CPU. That
-they do equal work is shown first: on the same completions both have the same gradient. TRL knows no suppressed
-tokens, so none are suppressed here either; its padding, dtype and checkpointing are set as ours. Goals on two CPU
-cores: sampling plus update at most half of TRL's, the whole step at most 0.7 of it.
+Both train the embedded policy with the same LoRA and the same optimiser on the same prompts, sample groups of the
+same size and length from the same distribution, and call the same image model and reward model on the same latents,
+on the CPU. That they do equal work is shown first: on the same completions both have the same gradient. TRL knows no
+suppressed tokens, so none are suppressed here either. Its reward function renders every completion; ours renders what
+is the same once (``--distinct``: TRL's too). Goals on two CPU cores: sampling plus update at most half of TRL's, the
+whole step at most 0.7 of it.
 
 TRL is needed beside the program's own requirements (benchmarks/requirements.txt says how to install it).
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from common import bars, machine, median, table
 from engine import Stepper, TokenCount
-from trl_side import TrlSide, flat, require_trl
+from trl_side import UNCLIPPED, TrlSide, flat, require_trl
 
 from grpo_engine.config import RunConfig
 from grpo_engine.loading import load_environment, read_prompts
@@ -36,32 +37,32 @@ SAME = (
     "objective.unbiased=true",  # TRL divides by the sample's standard deviation plus 1e-4
     "objective.epsilon=1e-4",
     "objective.min_std=0",
-    "training.learning_rate=1e-6",  # both stay at the policy they began with: its completions have one length
     "training.schedule=constant",
     "training.warmup_steps=0",
-    "training.max_grad_norm=1e6",
 )
 
 
 class Race:
     """Both sides, in turn."""
 
-    def __init__(self, config: RunConfig, pairs: int, folder: str) -> None:
+    def __init__(self, config: RunConfig, pairs: int, folder: str, *, distinct: bool) -> None:
         torch.manual_seed(config.seed)
         self.environment = load_environment(config)
         self.policy = self.environment.policy
         self.policy.suppressed.zero_()
         prompts = read_prompts(config).split("train")
+        unclipped = RunConfig.load("tiny", [*config.as_overrides(), f"training.max_grad_norm={UNCLIPPED}"])
+        self.first = Stepper(unclipped, self.environment, prompts).trainer
         self.step = Stepper(config, self.environment, prompts)
         self.ours: list[dict[str, float]] = []
         self.count = TokenCount(self.policy._base)
         batches = [self.step.trainer.batch(step) for step in range(1, pairs + WARM_UP + 2)]
-        self.trl = TrlSide(config, self.environment, batches, self._between, folder)
+        self.trl = TrlSide(config, self.environment, batches, self._between, folder, distinct=distinct)
         self.begin = {name: p.detach().clone() for name, p in self.policy.trainable().items()}
 
     def run(self) -> float:
         """All steps of both; returns how far the gradients on the same completions are apart, relative."""
-        trainer, own = self.step.trainer, self.policy.trainable()
+        trainer, own = self.first, self.policy.trainable()
         theirs = self.trl.adapter()
         if own.keys() != theirs.keys():
             raise SystemExit("TRL trains other weights than we do; nothing can be compared.")
@@ -79,7 +80,7 @@ class Race:
         with torch.no_grad():
             for index, (name, parameter) in enumerate(theirs.items()):
                 parameter.copy_(self.begin[name] + 0.02 * normals(index, parameter.shape))
-        trainer.step = 1
+        self.step.trainer.step = 1
         self.trl.run()
         other = self.trl.gradient
         assert other is not None
@@ -93,11 +94,8 @@ class Race:
     def _between(self, step: int) -> None:
         """After TRL's step: ours, of the same prompts. TRL's first was the comparison of gradients."""
         if step == 1:
-            self.trl.replayed = []
             self._restore(self.trl.adapter())
-            self.trl.steps.clear()
-            self.trl.count.tokens.clear()
-            self.trl.count.calls.clear()
+            self.trl.begin()
             return
         self.count.now = "update"
         sample = self.policy.sample
@@ -112,7 +110,8 @@ class Race:
         metrics = self.step()
         self.policy.sample = sample  # type: ignore[method-assign]
         self.count.now = ""
-        self.ours.append({phase: metrics[f"seconds_{phase}"] for phase in PHASES} | {"wall": metrics["wall"]})
+        own = {phase: metrics[f"seconds_{phase}"] for phase in PHASES}
+        self.ours.append(own | {"wall": metrics["wall"], "reward": metrics["reward_mean"]})
 
 
 def compared(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> list[tuple[str, float, float, float]]:
@@ -136,7 +135,8 @@ def compared(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> li
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20, help="pairs of steps that are measured")
+    parser.add_argument("--pairs", type=int, default=60, help="pairs of steps that are measured")
+    parser.add_argument("--distinct", action="store_true", help="TRL's reward function too renders the same once")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="of the tiny preset")
     options = parser.parse_args()
     version = require_trl()
@@ -144,7 +144,7 @@ def main() -> None:
     config = RunConfig.load("tiny", [*SAME, f"training.steps={steps}", *options.set])
     apply_threads(config)
     with tempfile.TemporaryDirectory() as folder:
-        race = Race(config, options.pairs, folder)
+        race = Race(config, options.pairs, folder, distinct=options.distinct)
         apart = race.run()
     sampling, batch = config.sampling, config.training.batch_size
     print(f"{machine()}; torch {torch.__version__} with {torch.get_num_threads()} threads, TRL {version}")
@@ -163,12 +163,18 @@ def main() -> None:
     ]
     table(
         ("through the policy, a step", "sampling", "update"),
-        [[what, *(round(number[phase] / len(race.ours)) for phase in ("sample", "update"))] for what, number in counted],
+        [
+            [what, *(round(number[phase] / len(race.ours)) for phase in ("sample", "update"))]
+            for what, number in counted
+        ],
     )
     print()
     bars([(what, ratio) for what, _, _, ratio in rows], "x TRL")
     verdict = "the same work" if apart < TOLERANCE else "NOT the same work"
     print(f"\nGradients on the same completions are {apart:.1e} apart, relative: {verdict}.")
+    last = slice(-max(1, options.pairs // 4), None)
+    rewards = [side[last] for side in ([step["reward"] for step in race.ours], race.trl.mean_rewards)]
+    print(f"Mean reward of the last quarter: {median(rewards[0]):.1f} here, {median(rewards[1]):.1f} in TRL.")
     for what, ratio, goal in ((rows[2][0], rows[2][3], 0.5), (rows[5][0], rows[5][3], 0.7)):
         print(f"{what}: {ratio:.2f} of TRL's, goal {goal}: {'met' if ratio <= goal else 'missed'}")
 

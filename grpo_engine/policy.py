@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import shared_prefix
@@ -28,7 +29,7 @@ from .policy_family import (
     suppressed_tokens,
 )
 from .rollout import Completions, Picture
-from .sampler import chunked_logprobs, draw, entropy_of, pad_kept, truncate
+from .sampler import chunked_logprobs, draw, draw_token, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
 
 Poll = Callable[[], None]
@@ -96,6 +97,7 @@ class PureGRPOPolicy:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         self.model.eval()
+        self._adapters = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     # -- weights -----------------------------------------------------------------------------------------
 
@@ -112,9 +114,14 @@ class PureGRPOPolicy:
                 yield
             finally:
                 self.model = trained
-        else:
-            with self.model.disable_adapter():
+        else:  # as peft's disable_adapter, which also examines every module of the model, at each call
+            for layer in self._adapters:
+                layer.enable_adapters(False)
+            try:
                 yield
+            finally:
+                for layer in self._adapters:
+                    layer.enable_adapters(True)
 
     @property
     def _base(self) -> Any:
@@ -186,19 +193,13 @@ class PureGRPOPolicy:
         ends = torch.tensor(self.end_tokens, device=self.device)
         tokens, logprobs, entropies, kept_sets, masks = [], [], [], [], []
         for step in range(limit):
-            kept, kept_logprobs = truncate(
-                base.lm_head(hidden),
-                temperature=self.sampling.temperature,
-                top_k=self.sampling.top_k,
-                top_p=self.sampling.top_p,
-                suppressed=self.suppressed,
-            )
-            choice = torch.zeros_like(kept[:, 0]) if greedy else draw(kept_logprobs, randoms[:, step])
-            token = kept.gather(1, choice.unsqueeze(1)).squeeze(1).masked_fill(~running, self._pad_token)
+            token, logprob, entropy, kept = self._next_tokens(base.lm_head(hidden), randoms[:, step], greedy)
+            token = token.masked_fill(~running, self._pad_token)
             tokens.append(token)
-            logprobs.append(kept_logprobs.gather(1, choice.unsqueeze(1)).squeeze(1).masked_fill(~running, 0.0))
-            entropies.append(entropy_of(kept_logprobs).masked_fill(~running, 0.0))
-            kept_sets.append(kept.masked_fill(~running.unsqueeze(1), -1))
+            logprobs.append(logprob.masked_fill(~running, 0.0))
+            entropies.append(entropy.masked_fill(~running, 0.0))
+            if kept is not None:
+                kept_sets.append(kept.masked_fill(~running.unsqueeze(1), -1))
             masks.append(running)
             running = running & ~torch.isin(token, ends)
             if not running.any() or step + 1 == limit:
@@ -213,10 +214,9 @@ class PureGRPOPolicy:
                 use_cache=True,
             )
             hidden = output.last_hidden_state[:, -1]
-        truncated = self.sampling.top_k > 0 or self.sampling.top_p < 1.0
         all_tokens, all_masks = torch.stack(tokens, 1), torch.stack(masks, 1)
         all_logprobs, all_entropies = torch.stack(logprobs, 1), torch.stack(entropies, 1)
-        all_kept = pad_kept(kept_sets) if truncated else None
+        all_kept = pad_kept(kept_sets) if kept_sets else None
         groups = []
         for index, prompt in enumerate(prompt_ids):
             own = slice(index * size, (index + 1) * size)
@@ -231,6 +231,28 @@ class PureGRPOPolicy:
                 )
             )
         return groups
+
+    def _next_tokens(
+        self, logits: Tensor, uniform: Tensor, greedy: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Tokens drawn from ``logits`` (N, V): ids, log-probabilities, entropies (N,), and the kept sets (N, K) or
+        None when nothing is truncated; those of the sampling distribution, whether drawn from it or the likeliest.
+        """
+        sampling = self.sampling
+        if sampling.top_k == 0 and sampling.top_p == 1.0:
+            whole = whole_logprobs(logits, temperature=sampling.temperature, suppressed=self.suppressed)
+            token = whole.argmax(dim=-1) if greedy else draw_token(whole, uniform)
+            return token, whole.gather(1, token.unsqueeze(1)).squeeze(1), entropy_of(whole), None
+        kept, logprobs = truncate(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            suppressed=self.suppressed,
+        )
+        choice = (torch.zeros_like(kept[:, 0]) if greedy else draw(logprobs, uniform)).unsqueeze(1)
+        token, logprob = (values.gather(1, choice).squeeze(1) for values in (kept, logprobs))
+        return token, logprob, entropy_of(logprobs), kept
 
     def _completions(
         self,

@@ -36,9 +36,7 @@ def truncate(
     Raises:
         ValueError: a row has no finite logit.
     """
-    scaled = logits.float() / temperature
-    if suppressed is not None:
-        scaled = scaled.masked_fill(suppressed, -torch.inf)
+    scaled = _scaled(logits, temperature, suppressed)
     width = scaled.shape[-1] if top_k == 0 else min(top_k, scaled.shape[-1])
     values, kept = scaled.topk(width, dim=-1, sorted=True)
     alive = torch.isfinite(values)
@@ -47,12 +45,32 @@ def truncate(
         before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens
         alive &= before < top_p
         alive[:, 0] = torch.isfinite(values[:, 0])
-    if not alive.any(dim=-1).all():
-        raise ValueError("The policy gave logits that are not numbers; use models.policy.dtype=float32 or bfloat16.")
+    _require_alive(alive.any(dim=-1))
     width = int(alive.sum(dim=-1).max())
     values, kept, alive = values[:, :width], kept[:, :width], alive[:, :width]
     logprobs = values.masked_fill(~alive, -torch.inf).log_softmax(dim=-1)
     return kept.masked_fill(~alive, -1), logprobs
+
+
+def whole_logprobs(logits: Tensor, *, temperature: float, suppressed: Tensor | None = None) -> Tensor:
+    """The distribution that is sampled from when nothing is truncated: float32 (N, V), -inf where suppressed.
+
+    Raises:
+        ValueError: a row has no finite logit.
+    """
+    logprobs = _scaled(logits, temperature, suppressed).log_softmax(dim=-1)
+    _require_alive(torch.isfinite(logprobs.amax(dim=-1)))  # NaN in a row, or nothing but -inf, makes all of it NaN
+    return logprobs
+
+
+def _scaled(logits: Tensor, temperature: float, suppressed: Tensor | None) -> Tensor:
+    scaled = logits.float() / temperature
+    return scaled if suppressed is None else scaled.masked_fill(suppressed, -torch.inf)
+
+
+def _require_alive(rows: Tensor) -> None:
+    if not rows.all():
+        raise ValueError("The policy gave logits that are not numbers; use models.policy.dtype=float32 or bfloat16.")
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -60,6 +78,25 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = logprobs.double().exp().cumsum(dim=-1)
     scaled = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # rounding must not leave the last bin
     return torch.searchsorted(cumulative, scaled, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
+
+
+def draw_token(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """:func:`draw` from a whole vocabulary: token ids (N,) for ``logprobs`` (N, V) and ``uniform`` (N,) in [0, 1).
+
+    The tokens are taken by falling probability, as :func:`truncate` orders them, but sorted only as far as the draws
+    reach: sorting a whole vocabulary is most of the work.
+    """
+    total = logprobs.double().exp().sum(dim=-1, keepdim=True)
+    wanted = uniform.to(total).unsqueeze(-1) * total
+    width = 0
+    while True:
+        width = min(max(64, 8 * width), logprobs.shape[-1])
+        values, tokens = logprobs.topk(width, dim=-1, sorted=True)
+        index = torch.searchsorted(values.double().exp().cumsum(dim=-1), wanted, right=True)
+        if width == logprobs.shape[-1] or bool((index < width).all()):
+            break
+    alive = torch.isfinite(values).sum(dim=-1, keepdim=True)
+    return tokens.gather(1, torch.minimum(index, alive - 1)).squeeze(1)  # rounding must not leave the last bin
 
 
 def entropy_of(logprobs: Tensor) -> Tensor:
@@ -82,9 +119,7 @@ def truncated_logprobs(
     Returns:
         float32 (N,) and (N,). A token outside its kept set has log-probability -inf.
     """
-    scaled = logits.float() / temperature
-    if suppressed is not None:
-        scaled = scaled.masked_fill(suppressed, -torch.inf)
+    scaled = _scaled(logits, temperature, suppressed)
     if kept is None:
         logprobs = scaled.log_softmax(dim=-1)
         return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from grpo_engine.sampler import draw, entropy_of, pad_kept, truncate, truncated_logprobs
+from grpo_engine.sampler import (
+    draw,
+    draw_token,
+    entropy_of,
+    pad_kept,
+    truncate,
+    truncated_logprobs,
+    whole_logprobs,
+)
 from grpo_engine.seeding import derive_seed, normals, numpy_generator, seeded_initialization, uniforms
 
 LARGEST = math.nextafter(1.0, 0.0)  # the largest number below 1 that a float64 holds
@@ -171,6 +179,46 @@ def test_the_upper_end_never_draws_padding(width: int) -> None:
     for uniform in (LARGEST, 1.0 - 2.0**-24):
         drawn = draw(padded, torch.full((64,), uniform, dtype=torch.float64))
         assert int(drawn.max()) < width
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocabulary=st.sampled_from([1, 5, 64, 65, 700]),
+    sharpness=st.sampled_from([0.0, 1.0, 8.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_a_token_of_the_whole_vocabulary_is_the_one_that_a_full_sort_gives(
+    vocabulary: int, sharpness: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(6, vocabulary, generator=generator)
+    suppressed = torch.rand(vocabulary, generator=generator) < 0.3
+    suppressed[int(torch.randint(vocabulary, (), generator=generator))] = False
+    uniform = torch.rand(6, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1.0 - 2**-24])
+    logprobs = whole_logprobs(logits, temperature=1.3, suppressed=suppressed)
+    kept, sorted_logprobs = truncate(logits, temperature=1.3, top_k=0, top_p=1.0, suppressed=suppressed)
+    expected = torch.full_like(logits, -torch.inf)
+    for row in range(6):
+        alive = kept[row] >= 0
+        expected[row, kept[row, alive]] = sorted_logprobs[row, alive]
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    tokens = draw_token(logprobs, uniform)
+    assert not suppressed[tokens].any()
+    cumulative = sorted_logprobs.double().exp().cumsum(dim=-1)
+    for row, token in enumerate(tokens.tolist()):  # in the bin that holds the draw, up to rounding of its edges
+        place = kept[row].tolist().index(token)
+        tied = torch.isclose(sorted_logprobs[row], sorted_logprobs[row, place], atol=1e-6, rtol=0).nonzero()
+        low, high = cumulative[row, tied.min() - 1] if tied.min() else 0.0, cumulative[row, tied.max()]
+        assert low - 1e-6 <= uniform[row] <= high + 1e-6
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_whole_row_without_numbers_is_refused(bad: float) -> None:
+    logits = torch.zeros(2, 4)
+    logits[1] = bad
+    with pytest.raises(ValueError, match="not numbers"):
+        whole_logprobs(logits, temperature=1.0)
 
 
 def test_drawn_frequencies_match_the_truncated_distribution() -> None:
