@@ -1,0 +1,59 @@
+"""The benchmarks of the engine run, at sizes that say nothing about speed; without TRL, the one that needs it says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Shown = Callable[..., str]
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SMALL = ["--set", "placement.threads=1", "--set", "models.image.steps=1", "--set", "models.image.resolution=96"]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shown:
+    """``shown("scaling", "--rounds", "1")``: what a benchmark prints, run in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_sharing_the_prompt_reads_the_tokens_that_were_promised(shown: Shown) -> None:
+    out = shown("policy_tokens", "--rounds", "1", "--rollouts", "2", "4", *SMALL)
+    rows = [line.split() for line in out.splitlines() if re.match(r"\s*[24] ", line)]
+    assert [row[0] for row in rows] == ["2", "4"]
+    for _, promised, shared, apart, *_, difference in rows:
+        assert promised == shared
+        assert int(apart) > int(shared)
+        assert float(difference) < 1e-4
+
+
+def test_the_growth_of_every_kind_is_measured(shown: Shown) -> None:
+    out = shown("scaling", "--rounds", "1", "--sizes", "1", *SMALL)
+    for row in ("4 rollouts", "2 prompts", "16 tokens"):
+        assert re.search(rf"^{row} +\d", out, re.MULTILINE)
+    memory = out.splitlines()[-1].split()
+    assert memory[:2] == ["4", "64"]
+    assert 0 < float(memory[3]) < float(memory[2])  # chunks of 32 tokens need less than all 64
+
+
+def test_without_trl_one_sentence_says_how_to_install_it(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed, whether it is or not
+    with pytest.raises(SystemExit, match="TRL, which is not installed.*pip install -r benchmarks/requirements.txt"):
+        shown("vs_trl", "--pairs", "1")
+    wanted = (FOLDER / "requirements.txt").read_text()
+    assert re.search(r"^trl==", wanted, re.MULTILINE)
