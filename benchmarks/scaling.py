@@ -27,7 +27,7 @@ from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import load_environment, read_prompts
-from grpo_engine.session import apply_threads
+from grpo_engine.placement import apply_threads
 from grpo_engine.trainer import PureGRPOTrainer
 
 SIZES = {

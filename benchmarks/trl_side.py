@@ -133,7 +133,7 @@ class TrlSide:
         ]  # fmt: skip
         side = self
 
-        class Watch(TrainerCallback):  # type: ignore[misc]
+        class Watch(TrainerCallback):
             """Where TRL's own loop tells of its steps."""
 
             def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -144,7 +144,7 @@ class TrlSide:
                 if side.gradient is None:
                     side.gradient = flat([p.grad for p in side.adapter().values()])
 
-            def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
                 side._end_step()
                 between(state.global_step)
                 side._begun = time.perf_counter()

@@ -26,8 +26,8 @@ from trl_side import UNCLIPPED, TrlSide, flat, require_trl
 
 from grpo_engine.config import RunConfig
 from grpo_engine.loading import load_environment, read_prompts
+from grpo_engine.placement import apply_threads
 from grpo_engine.seeding import normals
-from grpo_engine.session import apply_threads
 
 PHASES = ("sample", "update", "render", "score")
 TOLERANCE = 1e-4
@@ -68,7 +68,7 @@ class Race:
             raise SystemExit("TRL trains other weights than we do; nothing can be compared.")
         with torch.no_grad():  # a fresh adapter is zero: half of its gradient would be too
             for index, (name, parameter) in enumerate(own.items()):
-                parameter += 0.02 * normals(index, parameter.shape)
+                parameter.add_(0.02 * normals(index, parameter.shape))
                 theirs[name].copy_(parameter)
         groups, _ = trainer.collect(1)
         trainer.assign_advantages(groups)

@@ -1,4 +1,4 @@
-"""The benchmarks of the engine run, at sizes that say nothing about speed; without TRL, the one that needs it says so."""
+"""The benchmarks of the engine run, at sizes that say nothing about speed; the one that needs TRL says so."""
 
 from __future__ import annotations
 
