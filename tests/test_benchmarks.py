@@ -34,7 +34,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def test_sharing_the_prompt_reads_the_tokens_that_were_promised(shown: Shown) -> None:
     out = shown("policy_tokens", "--rounds", "1", "--rollouts", "2", "4", *SMALL)
-    rows = [line.split() for line in out.splitlines() if re.match(r"\s*[24] ", line)]
+    rows = [line.split() for line in out.splitlines() if re.match(r"\s*[24] +\d+ +\d+", line)]
     assert [row[0] for row in rows] == ["2", "4"]
     for _, promised, shared, apart, *_, difference in rows:
         assert promised == shared
