@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import bars, machine, median, table
+from common import ROOT, bars, machine, median, table
 from engine import Nobody, Stepper, endless, scored_groups
 
 from grpo_engine.config import RunConfig
@@ -68,7 +69,8 @@ def _with(environment: PureGRPOPromptEnvironment, config: RunConfig) -> PureGRPO
 def peak_of_update(rollouts: int, chunk: int, vocabulary: int) -> float:
     """MiB that an update of one group adds at its peak to what the process held before; in a process of its own."""
     command = [sys.executable, str(Path(__file__)), "--child", json.dumps([rollouts, chunk, vocabulary])]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(out.stdout)
 
 
