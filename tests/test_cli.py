@@ -110,13 +110,13 @@ def test_train_takes_a_file_of_settings(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_exits_with_one_and_the_reason(tmp_path: Path) -> None:
-    folder = tmp_path / "flux"
-    folder.mkdir()
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', encoding="utf-8")
+    folder = tmp_path / "empty"
+    folder.mkdir()  # passes every check before loading: a pipeline without its parts
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}', encoding="utf-8")
     outcome = call("train", "--db", tmp_path / "runs.db", *flags(f"models.image.path={folder}"))
     assert outcome.code == 1
     assert outcome.err.startswith("Failed: ")
-    assert "FLUX reads prompts with T5" in outcome.err
+    assert "StableDiffusion3Pipeline" in outcome.err
     assert "Traceback" not in outcome.err.partition("Failed: ")[2]
     with Store(tmp_path / "runs.db") as store:
         assert [run.state for run in store.runs()] == ["failed"]

@@ -483,7 +483,7 @@ def test_a_run_whose_settings_this_version_does_not_know_fails_and_the_queue_goe
     assert store.run(strange).state == "failed"
     assert "future" in (store.run(strange).error or "")
     assert store.run(following).state == "failed"
-    assert "FluxPipeline" in (store.run(following).error or "")
+    assert "StableDiffusion3Pipeline" in (store.run(following).error or "")
 
 
 def test_a_run_that_can_only_resume_from_a_damaged_checkpoint_fails_in_plain_words(
