@@ -22,7 +22,8 @@ from grpo_engine.store import Store
 from grpo_engine.store.rows import Bins
 from grpo_engine.store.writes import update_run
 from ui import compare
-from ui.charts_compare import PALETTE, RunCurve, curve_points, metric_list, overlay_figure, run_color, run_dash
+from ui.charts import PALETTE
+from ui.charts_compare import RunCurve, curve_points, metric_list, overlay_figure, run_color, run_dash
 from ui.context import Context
 from ui.run_table import RunTable, gains
 from ui.worker import Worker
@@ -158,10 +159,39 @@ def test_steps_without_a_time_take_none_and_without_any_time_there_is_no_time_ax
     assert len(x) == len(y) == 0
 
 
-def test_a_run_keeps_its_colour_and_runs_of_one_colour_differ_by_their_dash() -> None:
-    script = (STATIC / "core.js").read_text(encoding="utf-8")
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2: 1 to 21."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_are_the_same_in_charts_and_on_the_page_and_stand_out_in_both_themes() -> None:
+    style = (STATIC / "style.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--g-([\w-]+): (#[0-9a-f]{6})", block)) for block in style.split("}")[:2])
+    names = [f"c{number}" for number in range(1, len(PALETTE) + 1)]
+    assert tuple(light[name] for name in names) == PALETTE
+    assert sum(name.startswith("c") for name in dark) == len(names)
+    script = (STATIC / "charts.js").read_text(encoding="utf-8")
     found = re.search(r"PALETTE = \[([^\]]*)\]", script)
     assert found and tuple(re.findall(r"#[0-9a-f]{6}", found[1])) == PALETTE
+    assert f"COLORS = {len(PALETTE)};" in (STATIC / "core.js").read_text(encoding="utf-8")
+    for theme in (light, dark):
+        assert min(contrast(theme[name], theme["surface"]) for name in names) >= 3
+        for ground in ("surface", "bg", "sunken"):
+            assert contrast(theme["ink"], theme[ground]) >= 7
+            assert min(contrast(theme[name], theme[ground]) for name in ("quiet", "faint")) >= 4.4
+        assert contrast(theme["accent-ink"], theme["accent"]) >= 4.5
+        for kind in ("good", "warn", "bad", "accent"):
+            assert contrast(theme[kind], theme[f"{kind}-soft"]) >= 4.5, kind
+
+
+def test_a_run_keeps_its_colour_and_runs_of_one_colour_differ_by_their_dash() -> None:
     looks = [(run_color(number), run_dash(number)) for number in range(1, 4 * len(PALETTE) + 1)]
     assert len(set(looks)) == len(looks) and looks[2] == (PALETTE[2], "solid")
     figure = overlay_figure("reward_mean", [RunCurve("0003-a-bcde", 3, "<b>x</b>", [1], [2.0])], "minutes")

@@ -16,8 +16,10 @@ from grpo_engine.store.rows import Bins, EvaluationRow
 
 from .context import column
 
-# Okabe and Ito's colours, as grpo.color has them.
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#8f2d5f", "#3a9bdc", "#7a5c00", "#4b2a87", "#6b6b6b")
+"""Colours of lines on a light page: blue, orange and green of Okabe and Ito, the others as far from them and from each
+other as the colour-blind can tell, all with a contrast of at least 3 to 1. The page has others for its dark theme."""
+BLUE, ORANGE, GREEN, PURPLE, SKY = PALETTE[:5]
 
 BINS = 600
 """Most points of a line: about as many as a chart has pixels to show."""
@@ -150,7 +152,7 @@ def _loss(config: Mapping[str, Any]) -> ChartSpec:
     if kl:
         lines.append(Line("kl_penalty", f"{kl:g} × KL", GREEN, factor=kl))
     if entropy:
-        lines.append(Line("entropy", f"−{entropy:g} × entropy", PINK, factor=-entropy))
+        lines.append(Line("entropy", f"−{entropy:g} × entropy", PURPLE, factor=-entropy))
     return ChartSpec("loss", "Loss and its parts", "", note, tuple(lines), left=("loss", NUMBER))
 
 
@@ -184,7 +186,7 @@ def _length(config: Mapping[str, Any]) -> ChartSpec:
         (Line("completion_tokens", "tokens", BLUE), Line("rewrite_words", "words", ORANGE),
          Line("truncated_share", "truncated (right)", GREEN, right=True, spread=False),
          Line("cut_share", "cut (right)", SKY, right=True, spread=False),
-         Line("parse_failures", "unreadable (right)", PINK, factor=1.0 / rollouts, right=True, spread=False)),
+         Line("parse_failures", "unreadable (right)", PURPLE, factor=1.0 / rollouts, right=True, spread=False)),
         left=("tokens, words", NUMBER), right=("share of rollouts", SHARE),
     )  # fmt: skip
 
@@ -350,7 +352,7 @@ def _measured(spec: ChartSpec, evaluations: Sequence[EvaluationRow]) -> list[dic
             x, y = series.setdefault(f"{row.split} prompts{greedy}", ([], []))
             x.append(row.step)
             y.append(float(f"{value:.6g}"))
-    looks = {"test": ("square", GREEN), "validation": ("diamond", PINK)}
+    looks = {"test": ("square", GREEN), "validation": ("diamond", PURPLE)}
     found = []
     for name, (x, y) in series.items():
         symbol, color = looks.get(name.split()[0], ("circle", GREEN))

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from grpo_engine.recorder import STEP_METRICS
 from grpo_engine.store.rows import Bins
 
+from .charts import PALETTE
+
 Axis = Literal["step", "minutes"]
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#6a51a3", "#7f7f7f")
-"""Okabe and Ito's colours as ``grpo.color`` has them; a run keeps the one of its number."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 """Runs that share a colour, because there are more runs than colours, differ by these."""
 

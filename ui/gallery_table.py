@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from grpo_engine.prompts import TIERS
 from grpo_engine.store.measured import PromptMeans
 
+from .charts import BLUE, ORANGE
+
 Floats = NDArray[np.float64]
 
 SAME = 0.005
@@ -267,8 +269,8 @@ def agreement_figure(table: PromptTable, query: Query) -> dict[str, Any]:
     against = (clip[rows] * judge[rows] < 0) & (np.abs(clip[rows]) >= SAME) & (np.abs(judge[rows]) > JUDGE_SAME)
     data = []
     for name, chosen, color, symbol in (
-        ("they agree, or one did not move", rows[~against], "#0072b2", "circle"),
-        ("they disagree", rows[against], "#d55e00", "diamond"),
+        ("they agree, or one did not move", rows[~against], BLUE, "circle"),
+        ("they disagree", rows[against], ORANGE, "diamond"),
     ):
         data.append(
             {

@@ -26,6 +26,22 @@
   }
 
   const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
+
+  /* The server draws with the light theme's colours (PALETTE in charts.py); in the dark they are exchanged. */
+  const PALETTE = ['#0072b2', '#d55e00', '#009e73', '#8f2d5f', '#3a9bdc', '#7a5c00', '#4b2a87', '#6b6b6b'];
+  const rgb = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16)).join(',');
+
+  function themed(color) {
+    if (!grpo.dark() || typeof color !== 'string') return color;
+    const solid = PALETTE.indexOf(color);
+    if (solid >= 0) return css(`--g-c${solid + 1}`);
+    const fill = PALETTE.findIndex((hex) => color.startsWith(`rgba(${rgb(hex)},`));
+    return fill < 0 ? color : color.replace(rgb(PALETTE[fill]), rgb(css(`--g-c${fill + 1}`)));
+  }
+
+  const recolored = (trace) => ({ ...trace, fillcolor: themed(trace.fillcolor),
+    ...(trace.line ? { line: { ...trace.line, color: themed(trace.line.color) } } : {}),
+    ...(trace.marker ? { marker: { ...trace.marker, color: themed(trace.marker.color) } } : {}) });
   const CONFIG = { displaylogo: false, displayModeBar: false, responsive: false, doubleClick: 'reset', scrollZoom: false };
 
   /* Exponential moving average with bias correction, so that the first points are not pulled to 0. */
@@ -102,11 +118,11 @@
     /* Each trace has an identity, so that what was hidden in the legend stays hidden when others come or go. */
     traces() {
       const hidden = (key) => (this.plot.data || []).some((trace) => trace.uid === key && trace.visible === 'legendonly');
-      return this.raw.data.flatMap((trace, index) => {
+      return this.raw.data.map(recolored).flatMap((trace, index) => {
         const uid = (trace.meta && trace.meta.key) || String(index);
         if (!this.weight || !trace.meta || !trace.meta.smooth) return [{ ...trace, uid }];
         const group = trace.legendgroup || uid;
-        const faint = { ...trace, uid: `${uid} raw`, legendgroup: group, opacity: 0.3, showlegend: false, hoverinfo: 'skip', hovertemplate: null,
+        const faint = { ...trace, uid: `${uid} raw`, legendgroup: group, opacity: grpo.dark() ? 0.45 : 0.3, showlegend: false, hoverinfo: 'skip', hovertemplate: null,
           name: `${trace.name} raw`, line: { ...trace.line, width: 1 }, ...(hidden(uid) ? { visible: 'legendonly' } : {}) };
         const [tip, extra] = (trace.hovertemplate || '%{y:.4~g}').split('<extra>');  // the pointer is told both: what was measured, and the trend
         const hovertemplate = `${tip.replace(/%\{y/g, '%{customdata')}, smoothed ${tip}${extra === undefined ? '' : `<extra>${extra}`}`;

@@ -7,18 +7,20 @@
 (() => {
   const { h } = grpo;
   const MOST = 12;
-  const LABEL = 13;  // px between two labels at line ends
+  const LABEL = 13, FAR = 2 * LABEL;  // px between two labels at line ends, and from a line's end to its label at most
   grpo.compare = grpo.compare || {};
 
   const shownText = (text) => text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');  // as charts_compare.py: plotly would take it for markup
-  const short = (name) => (name.length > 16 ? `${name.slice(0, 15)}\u2026` : name);
+  const short = (name, most) => (name.length > most ? `${name.slice(0, most - 1).trimEnd()}\u2026` : name);
+  const room = (chart) => (chart.plot.clientWidth < 420 ? 9 : 16);  // letters of a label
   const lastOf = (trace) => {
     for (let i = trace.x.length - 1; i >= 0; i -= 1) if (trace.y[i] !== null && trace.y[i] !== undefined) return i;
     return -1;
   };
 
-  /* The names of runs at the ends of their lines, as far as they fit without touching one another. */
-  function endLabels(traces, { log, height, range }) {
+  /* The names of runs at the ends of their lines. Where they would touch they give way, upwards; who would come too
+     far from its line goes without. */
+  function endLabels(traces, { log, height, range, letters }) {
     const ends = traces.filter((trace) => trace.hoverinfo !== 'skip').map((trace) => ({ trace, at: lastOf(trace) })).filter(({ at }) => at >= 0)
       .map(({ trace, at }) => ({ trace, x: trace.x[at], y: trace.y[at] })).filter(({ y }) => !log || y > 0);
     if (!ends.length) return [];
@@ -28,14 +30,17 @@
     else {
       for (const trace of traces) for (const y of trace.y) if (y !== null && y !== undefined && (!log || y > 0)) { low = Math.min(low, scale(y)); high = Math.max(high, scale(y)); }
     }
-    const pixel = (y) => (scale(y) - low) / ((high - low) || 1) * height;
-    const free = [];
-    return ends.filter((end) => {
-      const place = pixel(end.y);
-      if (free.some((other) => Math.abs(other - place) < LABEL)) return false;
-      free.push(place);
+    const size = (high - low) || 1;
+    for (const end of ends) end.place = (scale(end.y) - low) / size * height;
+    let free = -Infinity;
+    return ends.sort((a, b) => a.place - b.place).filter((end) => {
+      const shift = Math.max(0, free - end.place);
+      if (shift > FAR) return false;
+      free = end.place + shift + LABEL;
+      const moved = scale(end.y) + shift / height * size;
+      if (shift) end.y = log ? 10 ** moved : moved;
       return true;
-    }).map(({ trace, x, y }) => ({ type: 'scatter', uid: `${trace.meta.key} label`, mode: 'text', x: [x], y: [y], text: [` ${shownText(short(trace.meta.series))}`], textposition: 'middle right',
+    }).map(({ trace, x, y }) => ({ type: 'scatter', uid: `${trace.meta.key} label`, mode: 'text', x: [x], y: [y], text: [` ${shownText(short(trace.meta.series, letters))}`], textposition: 'middle right',
       textfont: { color: trace.line.color, size: 11 }, cliponaxis: false, hoverinfo: 'skip', showlegend: false, meta: { label: true } }));
   }
 
@@ -139,7 +144,7 @@
           chart.traces = () => {
             const traces = plain();
             const seen = chart.plot.layout && chart.plot.layout.yaxis && chart.plot.layout.yaxis.autorange === false ? chart.plot.layout.yaxis.range : null;
-            return [...traces, ...endLabels(traces, { log: chart.log, height: Math.max(80, chart.plot.clientHeight - 60), range: seen })];
+            return [...traces, ...endLabels(traces, { log: chart.log, height: Math.max(80, chart.plot.clientHeight - 60), range: seen, letters: room(chart) })];
           };
           this.charts.set(name, chart);
         }
@@ -156,7 +161,7 @@
       const figure = chart.raw || { data: [], layout: {} };
       const order = new Map(this.runs.map(({ id }, index) => [id, index]));
       figure.data = [...figure.data, ...fresh.data].sort((a, b) => order.get(a.meta.run) - order.get(b.meta.run));
-      figure.layout = { ...fresh.layout, hovermode: figure.data.length > 8 ? 'closest' : 'x unified', margin: { r: 20 + 6.5 * Math.max(...figure.data.map((trace) => short(trace.meta.series).length)) } };
+      figure.layout = { ...fresh.layout, hovermode: figure.data.length > 8 ? 'closest' : 'x unified', margin: { r: 20 + 6.5 * Math.max(...figure.data.map((trace) => short(trace.meta.series, room(chart)).length)) } };
       for (const trace of fresh.data) chart.has.add(trace.meta.run);
       for (const [id, state] of Object.entries(told.state)) {
         const known = this.drawn.get(id);

@@ -72,7 +72,7 @@
           gain.low === null ? null : h('line', { x1: at(gain.low), x2: at(gain.high), y1: '50%', y2: '50%', stroke: color, 'stroke-width': 2 }),
           gain.low === null ? null : [gain.low, gain.high].map((end) => h('line', { x1: at(end), x2: at(end), y1: '32%', y2: '68%', stroke: color, 'stroke-width': 2 })),
           h('circle', { cx: at(gain.mean), cy: '50%', r: 5, fill: color })),
-        h('span', { class: 'g-number' }, text, h('span', { class: 'g-faint g-small' }, ` n ${gain.n}`)));
+        h('span', { class: 'g-number' }, text, h('span', { class: 'g-faint g-small' }, `, n = ${gain.n}`)));
       }), row(h('span'), h('span', { class: 'g-compare-axis', 'aria-hidden': 'true' }, axis.found.map((value) => h('span', { style: { left: at(value) } }, grpo.signed(value, axis.places)))), h('span')));
       const level = [...new Set(found.map(([run]) => run.confidence).filter(Boolean))].map((value) => grpo.percent(value)).join(' or ');
       grpo.text(this.note, `Mean paired gain of the ${this.of} on held-out prompts with its ${level} interval (bootstrap over prompts). An interval across 0 is no evidence of a gain.`);
@@ -106,7 +106,7 @@
       }
       if (key !== this.key) return;
       grpo.fill(this.body, told.rows.length
-        ? h('table', { class: 'g-table' }, h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, 'Setting'), runs.map((run) => h('th', { scope: 'col' }, named(run))))),
+        ? h('table', { class: 'g-table' }, h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, 'Setting'), runs.map((run) => h('th', { scope: 'col', class: 'g-compare-run' }, named(run))))),
           h('tbody', {}, told.rows.map(({ name, help, values }) => h('tr', {}, h('th', { scope: 'row' }, h('span', { class: 'g-mono' }, name), h('span', { class: 'g-quiet g-small' }, help)), values.map((value) => h('td', { title: value.length > 60 ? value : null }, value.length > 60 ? `${value.slice(0, 59)}\u2026` : value))))))
         : h('p', { class: 'g-quiet' }, 'The chosen runs have the same settings.'));
       grpo.text(this.note, `${told.same} settings are the same.`);
@@ -223,7 +223,7 @@
       };
       return h('figure', { class: 'g-compare-cell' },
         item.image ? h('button', { type: 'button', class: 'g-compare-zoom', 'aria-label': `Enlarge. ${alt}`, onclick: large }, grpo.picture(item.thumbnail || item.image, alt)) : grpo.picture(null),
-        h('figcaption', {}, h('span', { class: 'g-row' }, h('span', { class: 'g-strong' }, grpo.num(item.reward, 3)), item.judge === null ? null : h('span', { class: 'g-quiet g-small', title: 'Share of what the judge asked that the picture shows' }, `judge ${grpo.percent(item.judge)}`)), text ? h('span', { class: 'g-small' }, text) : null));
+        h('figcaption', {}, h('span', { class: 'g-row' }, h('span', {}, h('span', { class: 'g-quiet g-small' }, 'reward '), h('span', { class: 'g-strong' }, grpo.num(item.reward, 3))), item.judge === null ? null : h('span', { class: 'g-quiet g-small', title: 'Share of what the judge asked that the picture shows' }, `judge ${grpo.percent(item.judge)}`)), text ? h('span', { class: 'g-small' }, text) : null));
     }
   }
 

@@ -111,9 +111,9 @@
       cell('gain', [run.gain, run.confidence], gain(run));
       cell('step', [run.step, run.total], `${run.step} / ${run.total}`);
       cell('seconds', run.seconds === null ? null : Math.round(run.seconds), grpo.duration(run.seconds));
-      cell('created', run.created, grpo.date(run.created));
-      cell('tags', [name, run.tags], h('button', { type: 'button', class: 'g-compare-open', 'aria-label': `Tags of ${name}`, onclick: () => this.describe(id, 'tags') },
-        run.tags.length ? run.tags.map((tag) => h('span', { class: 'g-chip' }, tag)) : h('span', { class: 'g-faint' }, 'add')));
+      cell('created', run.created, h('span', { title: grpo.date(run.created) }, grpo.shortDate(run.created)));
+      cell('tags', [name, run.tags], h('button', { type: 'button', class: 'g-compare-open', 'aria-label': `Tags of ${name}${run.tags.length ? `: ${run.tags.join(', ')}` : ''}`, title: run.tags.join(', ') || null, onclick: () => this.describe(id, 'tags') },
+        run.tags.length ? [h('span', { class: 'g-chip' }, run.tags[0]), run.tags.length > 1 ? h('span', { class: 'g-quiet g-small' }, `and ${run.tags.length - 1} more`) : null] : h('span', { class: 'g-faint' }, 'add')));
       cell('notes', [name, run.notes], h('button', { type: 'button', class: 'g-compare-open g-compare-notes', 'aria-label': `Notes on ${name}`, title: run.notes.slice(0, 400), onclick: () => this.describe(id, 'notes') },
         run.notes ? run.notes.split('\n')[0] : h('span', { class: 'g-faint' }, 'add')));
     }

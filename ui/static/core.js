@@ -4,12 +4,14 @@
    grpo.attempt(button, action)  run an async action of a button: busy while it lasts, a toast when it fails
    grpo.h(tag, attributes, ...children)   an element; text is always text, never markup
    grpo.toast(text, kind), grpo.confirm(question, verb), grpo.dialog(title, content)
-   grpo.num, .signed, .percent, .duration, .ago, .date, .bytes     numbers as people read them
+   grpo.num, .signed, .percent, .duration, .ago, .date, .shortDate, .bytes     numbers as people read them
    grpo.picture(path, alt), grpo.diff(from, to), grpo.state(state), grpo.color(number), grpo.empty(title, text, ...)
 */
 'use strict';
 
 const grpo = (() => {
+  const COLORS = 8;  // --g-c1 to --g-c8 in style.css
+
   // -- elements ---------------------------------------------------------------------------------------
 
   const SVG = new Set(['svg', 'path', 'circle', 'line', 'rect', 'g', 'polyline']);
@@ -85,6 +87,14 @@ const grpo = (() => {
   function date(time) {
     if (missing(time)) return DASH;
     return new Date(time * 1000).toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'short' });
+  }
+
+  /* For a narrow column: the year only where it is another. */
+  function shortDate(time) {
+    if (missing(time)) return DASH;
+    const then = new Date(time * 1000);
+    const year = then.getFullYear() === new Date().getFullYear() ? undefined : 'numeric';
+    return then.toLocaleString(undefined, { month: 'short', day: 'numeric', year, hour: 'numeric', minute: '2-digit' });
   }
 
   function bytes(n) {
@@ -254,9 +264,8 @@ const grpo = (() => {
     return out;
   }
 
-  // Okabe and Ito's colours, safe for the colour-blind, without the yellow that white paper swallows.
-  const PALETTE = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#b8860b', '#6a51a3', '#7f7f7f'];
-  const color = (number) => PALETTE[(number - 1 + PALETTE.length) % PALETTE.length];
+  /* The colour of run `number`, in either theme, as a style's value. */
+  const color = (number) => `var(--g-c${((number - 1 + COLORS) % COLORS) + 1})`;
 
   const empty = (title, message, ...actions) => h('div', { class: 'g-empty' }, h('h3', {}, title), h('p', {}, message),
     actions.length ? h('div', { class: 'g-row' }, actions) : null);
@@ -287,7 +296,7 @@ const grpo = (() => {
   const dark = () => document.body.classList.contains('dark');
 
   return {
-    get, post, send, attempt, h, add, fill, text, num, signed, percent, duration, ago, date, bytes,
+    get, post, send, attempt, h, add, fill, text, num, signed, percent, duration, ago, date, shortDate, bytes,
     toast, dialog, confirm, picture, diff, state, color, empty, button, icon, copy, remember, recall, dark, page, missing, Failure,
   };
 })();

@@ -176,7 +176,7 @@
         if (lost >= 3) fill(status, state('failed', 'The app does not answer'));
         else if (run) {
           fill(status, state(run.state), h('span', { class: 'g-name' }, run.name),
-            h('span', { class: 'g-quiet' }, run.state === 'queued' ? '' : `step ${run.step} / ${run.total}`), waiting ? h('span', { class: 'g-quiet' }, `${waiting} waiting`) : null);
+            h('span', { class: 'g-quiet' }, run.state === 'queued' ? null : [h('span', { class: 'g-word' }, 'step '), `${run.step} / ${run.total}`]), waiting ? h('span', { class: 'g-quiet' }, `${waiting} waiting`) : null);
         } else if (worker.engine === 'loading') fill(status, h('span', { class: 'g-quiet' }, 'loading the engine'));
         else if (worker.engine === 'failed') fill(status, state('failed', worker.problem));
         else fill(status, h('span', { class: 'g-quiet' }, 'no run'));
