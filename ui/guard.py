@@ -98,6 +98,8 @@ class Guard:
             if kind.lower() != b"basic" or not hmac.compare_digest(given.strip(), self._expected):
                 return 401, "Log in to use this app."
         path, method = scope["path"], scope["method"]
+        if not path.isprintable():
+            return 404, "There is nothing here."
         if path.startswith("/grpo/"):
             # A header that no other site's page can send without being asked first, and we never consent.
             if method not in ("GET", "HEAD") and headers.get(b"x-grpo") != b"1":

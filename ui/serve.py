@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -69,7 +70,8 @@ def _serve(store: Store, login: tuple[str, str] | None, options: argparse.Namesp
         worker.warm_up()
 
     threading.Thread(target=announce, daemon=True).start()
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn sends Ctrl-C on once it has stopped and all is saved
+        server.run()
 
 
 def _parser() -> argparse.ArgumentParser:

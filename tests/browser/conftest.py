@@ -72,11 +72,15 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     for served in started:
         served.store.close()
         served.process.send_signal(signal.SIGINT)
+    faults = []
+    for served in started:
         try:
-            served.process.wait(40)
+            if served.process.wait(60):
+                faults.append(served.log())
         except subprocess.TimeoutExpired:
             served.process.kill()
-            raise
+            faults.append(f"the app did not stop: {served.log()}")
+    assert not faults, "\n".join(faults)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
