@@ -33,9 +33,7 @@ SETTINGS = {"training.steps": 100_000, "evaluation.prompts": 2, "evaluation.imag
 def ask(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """The app's answer to a question, or with a ``body`` to an action."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"{url}/grpo/{path}", data, {"Content-Type": "application/json", "X-GRPO": "1"}
-    )
+    request = urllib.request.Request(f"{url}/grpo/{path}", data, {"Content-Type": "application/json", "X-GRPO": "1"})
     with urllib.request.urlopen(request, timeout=600) as response:
         found: dict[str, Any] = json.load(response)
     return found

@@ -42,6 +42,7 @@ _UNITS = {
     "kl_penalty": "nats a token",
     "entropy": "nats a token",
     "completion_tokens": "tokens",
+    "cut_tokens": "tokens",
     "rewrite_words": "words",
     "images_rendered": "pictures",
 }

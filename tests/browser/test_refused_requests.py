@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 from fastapi.routing import APIRoute
@@ -123,9 +123,7 @@ def endpoints(tmp_path: Path, method: str) -> list[str]:
     ]
 
 
-def test_without_the_login_nothing_is_answered_and_nothing_done(
-    door: Door, unchanged: None, tmp_path: Path
-) -> None:
+def test_without_the_login_nothing_is_answered_and_nothing_done(door: Door, unchanged: None, tmp_path: Path) -> None:
     pages = ["/", "/config", "/theme.css", "/grpo/pulse", "/grpo/static/app.js", "/grpo/static/plotly.min.js",
              f"/grpo/pictures/{door.run_id}", *endpoints(tmp_path, "GET")]  # fmt: skip
     assert len(pages) > 25
@@ -150,9 +148,9 @@ def test_no_path_leads_out_of_the_pictures(door: Door, unchanged: None) -> None:
         "%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/etc/passwd", "C:\\windows\\win.ini", f"{run}/images/%00.png",
         f"{run}/images/a%0a.png", "%c0%ae%c0%ae/runs.db", f"{run}\\images\\..\\config.yaml", f"{run}/images/",
     ]  # fmt: skip
-    prefixes = ("/grpo/pictures/", "/grpo/static/", "/grpo/system/download/", "/grpo/playground/picture/",
-                "/gradio_api/file=", "/file=", "/static/", "/assets/", "/svelte/", "/gradio_api/static/", "/")  # fmt: skip
-    for prefix in prefixes:
+    ours = ["/grpo/pictures/", "/grpo/static/", "/grpo/system/download/", "/grpo/playground/picture/", "/"]
+    gradios = ["/gradio_api/file=", "/file=", "/static/", "/assets/", "/svelte/", "/gradio_api/static/"]
+    for prefix in ours + gradios:
         for way in ways_out:
             door.refused("GET", prefix + way)
     for name in ("/etc/passwd", str(door.root / "runs.db"), "../runs.db", "prompts/../../runs.db"):
@@ -175,13 +173,14 @@ def test_malformed_bodies_are_refused_at_every_action(door: Door, unchanged: Non
 def test_runs_that_are_not_there_are_refused_at_every_question_and_action(
     door: Door, unchanged: None, tmp_path: Path
 ) -> None:
-    from urllib.parse import quote
-
     gone = "0099-none-abcd"
     asked = "metrics=reward_mean&prompt=p&step=1&compare=trained_vs_untrained&kind=trained"
-    for path in ("live/figures", "live/pictures", "live/state", "compare/curves", "compare/settings", "compare/prompts",
-                 "compare/pictures", "compare/curves.csv", "gallery/overview", "gallery/prompts", "gallery/agreement",
-                 "gallery/films", "gallery/film", "gallery/blind", "system/export", "train/run", "microscope/step"):  # fmt: skip
+    screens = {
+        "live": ("figures", "pictures", "state"), "train": ("run",), "system": ("export",), "microscope": ("step",),
+        "compare": ("curves", "settings", "prompts", "pictures", "curves.csv"),
+        "gallery": ("overview", "prompts", "agreement", "films", "film", "blind"),
+    }  # fmt: skip
+    for path in (f"{screen}/{name}" for screen, names in screens.items() for name in names):
         for run in STRANGE_RUNS[: -1 if path == "live/state" else None]:  # live/state takes none for the newest
             name = quote(run, safe="")
             status = door.refused("GET", f"/grpo/{path}?run={name}&runs={name}&{asked}")

@@ -170,9 +170,8 @@ def gallery(page: Page) -> None:
     for card in cards.all():
         expect(card.locator("figcaption")).to_have_text(["Original", "Untrained", "Trained"])
         expect(card.locator("img.g-picture")).to_have_count(3)
-    page.wait_for_function(
-        "[...document.querySelectorAll('.g-gallery-card img.g-picture')].filter((one) => one.naturalWidth > 0).length >= 3"
-    )
+    loaded = "[...document.querySelectorAll('.g-gallery-card img.g-picture')].filter((one) => one.naturalWidth > 0)"
+    page.wait_for_function(f"{loaded}.length >= 3")
 
 
 def compared(page: Page) -> None:

@@ -161,7 +161,7 @@
       const figure = chart.raw || { data: [], layout: {} };
       const order = new Map(this.runs.map(({ id }, index) => [id, index]));
       figure.data = [...figure.data, ...fresh.data].sort((a, b) => order.get(a.meta.run) - order.get(b.meta.run));
-      figure.layout = { ...fresh.layout, hovermode: figure.data.length > 8 ? 'closest' : 'x unified', margin: { r: 20 + 6.5 * Math.max(...figure.data.map((trace) => short(trace.meta.series, room(chart)).length)) } };
+      figure.layout = { ...fresh.layout, hovermode: figure.data.length > 8 ? 'closest' : 'x unified', margin: { r: 14 + 5.8 * Math.max(...figure.data.map((trace) => short(trace.meta.series, room(chart)).length)) } };
       for (const trace of fresh.data) chart.has.add(trace.meta.run);
       for (const [id, state] of Object.entries(told.state)) {
         const known = this.drawn.get(id);

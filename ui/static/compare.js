@@ -99,7 +99,7 @@
       const now = JSON.stringify(runs.map(({ id, name, number }) => [id, name, number]));
       if (now === shown) return;
       shown = now;
-      chips.replaceChildren(...runs.map((run) => h('span', { class: 'g-chip g-compare-chip' }, grpo.compare.swatch(run), run.name,
+      chips.replaceChildren(...runs.map((run) => h('span', { class: 'g-chip g-compare-chip' }, grpo.compare.swatch(run), h('span', { class: 'g-compare-cut', title: run.name }, run.name),
         h('button', { type: 'button', class: 'g-icon', 'aria-label': `Leave out ${run.name}`, onclick: () => grpo.attempt(null, () => { choose(chosen.filter((id) => id !== run.id)); return draw(); }) }, grpo.icon('close')))));
     };
     const curves = grpo.compare.curves(results);

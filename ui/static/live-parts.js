@@ -84,7 +84,7 @@
       else this.set('time', 'took', times.started && times.finished ? grpo.duration(times.finished - times.started) : '\u2013', 'From the first start to the last end');
       const held = state.memory.map((m) => `${grpo.bytes(m.used)} of ${grpo.bytes(m.total)}`);
       this.set('memory', state.memory.length ? `memory, ${state.memory.map((m) => m.label).join(' / ')}` : 'memory', held.join(' / ') || '\u2013', 'What the process of the run holds');
-      fill(this.phases, state.phases.map((part) => h('li', { class: `g-live-${part.state}`, 'aria-current': part.state === 'now' ? 'step' : null },
+      fill(this.phases, state.phases.map((part) => h('li', { class: [`g-live-${part.state}`, part.name.length > 24 && 'g-live-long'], title: part.name.length > 24 ? part.name : null, 'aria-current': part.state === 'now' ? 'step' : null },
         h('span', { class: 'g-live-fill', style: { width: `${100 * part.share}%` } }), h('span', { class: 'g-live-part' }, part.name), part.note ? h('span', { class: 'g-quiet' }, part.note) : null)));
       this.phases.hidden = !state.phases.length;
       this.act();
