@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 from common import ROOT, bars, machine, median, table
+from serving import free_port
 
 BARE = """
 import gradio as gr
@@ -49,13 +49,6 @@ def seconds_to_first_page(command: list[str], port: int, folder: Path) -> float:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Compare on a database of 50 runs of 100,000 steps: how long until its first chart, and what each answer costs.
+"""Compare and Live on a database of 50 runs of 100,000 steps: the time to a first chart, and what answers cost.
 
 The database is made here (about 2 GB, some minutes; ``--db`` keeps it for another time): one run's steps follow
 from a seed, the others are copies of it. Goals: the first chart in under 1.5 s, a live update in under 100 ms of
@@ -10,19 +10,17 @@ server time.
 from __future__ import annotations
 
 import argparse
-import shutil
-import signal
-import subprocess
-import sys
+import json
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, machine, median, table
-from first_page import free_port
+from common import machine, median, table
+from serving import browser_path, serving
 
 from grpo_engine.config import RunConfig
 from grpo_engine.recorder import STEP_METRICS
@@ -32,7 +30,8 @@ from grpo_engine.store.writes import insert, sum_up, update_run
 
 RUNS, STEPS = 50, 100_000
 ROUNDS = 5
-FIRST_CHART = "document.querySelector('.g-compare .js-plotly-plot .scatterlayer .trace path') !== null"
+SHOWN = "reward_mean,kl_penalty,entropy,judge_mean"
+DRAWN = "document.querySelector('.g-{screen} .js-plotly-plot .scatterlayer .trace path') !== null"
 
 
 def fill(store: Store, runs: int, steps: int) -> list[str]:
@@ -74,25 +73,29 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def answers(url: str, ids: list[str]) -> list[list[object]]:
-    """[what, ms, kB] of the questions that the page asks."""
-    chosen, every = ",".join(ids[:3]), ",".join(ids)
-    last, some = ids[-1], "reward_mean,kl_penalty,entropy,judge_mean"
-    have = f"{last}:{2 ** int(np.ceil(np.log2(STEPS / 400)))}:{STEPS - 1}"
-    rows: list[list[object]] = []
-    for what, path in (
-        ("table of runs", "runs"),
-        ("first chart, 3 runs", f"curves?runs={chosen}&metrics=reward_mean"),
-        ("first chart, all runs", f"curves?runs={every}&metrics=reward_mean"),
-        ("update of 1 run, 4 charts", f"curves?runs={last}&metrics={some}&have={have}"),
-    ):
+    """[what, ms, kB] of the questions that pages ask."""
 
-        def get(path: str = path) -> bytes:
-            with urllib.request.urlopen(f"{url}/grpo/compare/{path}") as response:
-                content: bytes = response.read()
-                return content
+    def get(path: str) -> bytes:
+        with urllib.request.urlopen(f"{url}/grpo/{path}") as response:
+            content: bytes = response.read()
+            return content
 
-        rows.append([what, 1000 * seconds(get), len(get()) / 1000])
-    return rows
+    chosen, every, last = ",".join(ids[:3]), ",".join(ids), ids[-1]
+    known = json.loads(get(f"compare/curves?runs={last}&metrics=reward_mean"))["state"][last]
+    have = f"{last}:{known['width']}:{known['last'] - 1}"  # as a page that saw the step before
+    drawn = json.loads(get(f"live/figures?run={last}"))
+    seen = f"step={drawn['step'] - 1}&at={drawn['at'] - 1}&shape={drawn['shape']}"
+    questions = (
+        ("Compare: table of runs", "compare/runs"),
+        ("Compare: first chart, 3 runs", f"compare/curves?runs={chosen}&metrics=reward_mean"),
+        ("Compare: first chart, all runs", f"compare/curves?runs={every}&metrics=reward_mean"),
+        ("Compare: update of 1 run, 4 charts", f"compare/curves?runs={last}&metrics={SHOWN}&have={have}"),
+        ("Live: all charts", f"live/figures?run={last}"),
+        ("Live: update of all charts", f"live/state?run={last}&{seen}"),
+    )
+    if "points" not in json.loads(get(questions[-1][1])):
+        raise SystemExit("The live screen's update has no points: this would measure something else.")
+    return [[what, 1000 * seconds(partial(get, path)), len(get(path)) / 1000] for what, path in questions]
 
 
 def first_charts(url: str, ids: list[str]) -> list[list[object]]:
@@ -101,18 +104,22 @@ def first_charts(url: str, ids: list[str]) -> list[list[object]]:
 
     rows: list[list[object]] = []
     with sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        for count in (3, len(ids)):
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        for what, address in (
+            ("Compare, 3 runs chosen", f"compare?runs={','.join(ids[:3])}"),
+            (f"Compare, {len(ids)} runs chosen", f"compare?runs={','.join(ids)}"),
+            ("Live", f"live?run={ids[-1]}"),
+        ):
+            drawn = DRAWN.format(screen=address.partition("?")[0])
             context = browser.new_context(viewport={"width": 1440, "height": 900})
             times: list[float] = []
             for _ in range(ROUNDS + 1):
                 page = context.new_page()
-                page.goto(f"{url}/#compare?runs={','.join(ids[:count])}", wait_until="commit")
-                drawn = page.wait_for_function(f"{FIRST_CHART} && performance.now()", polling=10, timeout=60_000)
-                times.append(float(drawn.json_value()))
+                page.goto(f"{url}/#{address}", wait_until="commit")
+                found = page.wait_for_function(f"{drawn} && performance.now()", polling=10, timeout=60_000)
+                times.append(float(found.json_value()))
                 page.close()
-            rows += [[f"page, {count} runs chosen", median(times[1:])], ["  its first visit", times[0]]]
+            rows += [[what, median(times[1:])], ["  its first visit", times[0]]]
             context.close()
         browser.close()
     return rows
@@ -129,34 +136,10 @@ def main() -> None:
         database: Path = options.db or Path(name) / "runs.db"
         with Store(database) as store:
             ids = [run.id for run in reversed(store.runs())] or fill(store, options.runs, options.steps)
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        app = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--no-browser", "--port", str(port), "--db", str(database)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            wait_until_ready(url)
+        with serving(database) as (url, _):
             print(machine())
             table(("answer", "ms", "kB"), answers(url, ids))
             table(("first chart", "ms"), first_charts(url, ids))
-        finally:
-            app.send_signal(signal.SIGINT)
-            app.wait(60)
-
-
-def wait_until_ready(url: str) -> None:
-    """Until the app answers and has imported its engine, which would compete for the processor."""
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/grpo/pulse") as response:
-                if b'"engine":"loading"' not in response.read():
-                    return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    raise SystemExit("The app did not become ready.")
 
 
 if __name__ == "__main__":

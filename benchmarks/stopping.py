@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, bars, machine, median, table
-from first_page import free_port
-from many_runs import wait_until_ready
+from common import bars, machine, median, table
+from serving import serving
 
 from grpo_engine.store import Store
 
@@ -66,33 +62,25 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=6)
     stops: int = parser.parse_args().stops
     rows: list[list[object]] = []
+    seconds: list[float] = []
     with tempfile.TemporaryDirectory() as name:
-        database, port = Path(name) / "runs.db", free_port()
-        url = f"http://127.0.0.1:{port}"
-        app = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--no-browser", "--port", str(port), "--db", str(database)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            wait_until_ready(url)
-            asked = {"preset": "tiny", "values": {key: str(value) for key, value in SETTINGS.items()}}
-            run_id = ask(url, "train/start", {**asked, "token": "stopping-benchmark"})["run"]
-            with Store(database) as store:
-                for index in range(stops):
-                    if index:
-                        ask(url, "live/command", {"run": run_id, "command": "resume"})
-                    wait_for_step(store, run_id, store.run(run_id).step + 2)
-                    times = store.steps(run_id, ["time"])["time"]
-                    time.sleep(float(times[-1] - times[-2]) * index / stops)  # another moment of a step each time
-                    doing, ended, free = stop(url, store, run_id)
-                    rows.append([index + 1, doing, ended, free])
-        finally:
-            app.send_signal(signal.SIGINT)
-            app.wait(60)
+        database = Path(name) / "runs.db"
+        with serving(database) as (url, _), Store(database) as store:
+            values = {key: str(value) for key, value in SETTINGS.items()}
+            asked = {"preset": "tiny", "values": values, "token": "stopping-benchmark"}
+            run_id = ask(url, "train/start", asked)["run"]
+            for index in range(stops):
+                if index:
+                    ask(url, "live/command", {"run": run_id, "command": "resume"})
+                wait_for_step(store, run_id, store.run(run_id).step + 2)
+                times = store.steps(run_id, ["time"])["time"]
+                time.sleep(float(times[-1] - times[-2]) * index / stops)  # another moment of a step each time
+                doing, stopped, free = stop(url, store, run_id)
+                rows.append([index + 1, doing, stopped, free])
+                seconds.append(stopped)
     print(machine())
     table(["stop", "while", "s until stopped", "s until free"], rows)
-    bars([(f"{row[0]}, {row[1]}", float(str(row[2]))) for row in rows], "s")
-    seconds = [float(str(row[2])) for row in rows]
+    bars([(f"{row[0]}, {row[1]}", taken) for row, taken in zip(rows, seconds, strict=True)], "s")
     print(f"median {median(seconds):.2f} s, longest {max(seconds):.2f} s (goal: at most {GOAL_S:g} s)")
 
 

@@ -9,17 +9,17 @@ processor time of the app's process is the cost of serving. Goal: at most 3 % of
 from __future__ import annotations
 
 import argparse
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 from common import ROOT, bars, machine, table
-from first_page import free_port
+from serving import browser_path, end, serving
 
 from grpo_engine.store import Store
 
@@ -32,54 +32,54 @@ def processor_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+@contextmanager
+def training(database: Path) -> Iterator[None]:
+    """A run that goes on in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_engine", "train", "--db", str(database), "--set", "training.steps=100000",
+         "--set", "evaluation.prompts=2", "--set", "placement.threads=1"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        end(process)
+
+
 def main() -> None:
     """Measure and print."""
-    from playwright.sync_api import Page, sync_playwright
+    from playwright.sync_api import sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
     seconds: int = parser.parse_args().seconds
     rows: list[list[object]] = []
+    shares: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), free_port()
-        database = folder / "runs.db"
-        app = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--no-browser", "--port", str(port), "--db", str(database)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        training = subprocess.Popen(
-            [sys.executable, "-m", "grpo_engine", "train", "--db", str(database), "--set", "training.steps=100000",
-             "--set", "evaluation.prompts=2", "--set", "placement.threads=1"],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            step = wait_for_steps(database, 3)
-            with sync_playwright() as playwright:
-                found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-                browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-                pages: list[Page] = []
-                for count in COUNTS:
-                    while len(pages) < count:
-                        page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
-                        page.goto(f"http://127.0.0.1:{port}/#live")
-                        page.wait_for_selector(".js-plotly-plot", timeout=120_000)
-                        pages.append(page)
-                    time.sleep(5)
-                    process, first = psutil.Process(app.pid), current_step(database)
-                    begun, before = time.perf_counter(), processor_seconds(psutil.Process(app.pid))
-                    time.sleep(seconds)
-                    share = (processor_seconds(process) - before) / (time.perf_counter() - begun)
-                    rows.append([count, 100 * share, current_step(database) - first])
-                browser.close()
-            assert current_step(database) > step
-        finally:
-            training.send_signal(signal.SIGINT)
-            training.wait(60)
-            app.terminate()
-            app.wait(60)
+        database = Path(name) / "runs.db"
+        with serving(database) as (url, app), training(database), sync_playwright() as playwright:
+            wait_for_steps(database, 3)
+            browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+            process, pages = psutil.Process(app.pid), 0
+            for count in COUNTS:
+                for _ in range(count - pages):
+                    page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
+                    page.goto(f"{url}/#live")
+                    page.wait_for_selector(".js-plotly-plot", timeout=120_000)
+                pages = count
+                time.sleep(5)
+                step, begun, before = current_step(database), time.perf_counter(), processor_seconds(process)
+                time.sleep(seconds)
+                share = (processor_seconds(process) - before) / (time.perf_counter() - begun)
+                made = current_step(database) - step
+                if not made:
+                    raise SystemExit("The run made no step meanwhile; measure for longer.")
+                rows.append([count, 100 * share, made])
+                shares.append((f"{count} pages", 100 * share))
+            browser.close()
     print(machine())
     table(["pages", "% of a core", "steps of the run meanwhile"], rows)
-    bars([(f"{count} pages", float(str(share))) for count, share, _ in rows], "% of a core")
+    bars(shares, "% of a core")
     print("goal: at most 3 % for one page, 10 % for ten")
 
 
@@ -91,7 +91,7 @@ def current_step(database: Path) -> int:
 
 def wait_for_steps(database: Path, steps: int) -> int:
     """Until the run has made ``steps`` steps."""
-    for _ in range(600):
+    for _ in range(1800):
         if database.exists() and (at := current_step_or_none(database)) >= steps:
             return at
         time.sleep(0.5)
