@@ -12,7 +12,7 @@ from engine_runs import small
 from playwright.sync_api import Locator, Page, expect
 from served import Served
 
-from grpo_engine.recorder import STEP_METRICS
+from grpo_engine.recorder import STEP_METRICS, Evaluation
 from grpo_engine.store import Store
 
 NAME = "Watched <b>run</b>"
@@ -199,6 +199,18 @@ def test_a_failed_run_says_why_and_a_lost_one_is_told_from_its_age(page: Page, s
     expect(page.locator(".g-live-remark")).to_have_text(
         "The disk is full; free some space. Resume goes on from the last saved step."
     )
+
+
+def test_a_run_that_was_measured_but_has_no_step_yet_is_drawn(page: Page, served: Served) -> None:
+    run_id = served.store.create_run(small("training.steps=40"), prompt_set="tiny")
+    for state in ("loading", "baseline"):
+        served.store.set_state(run_id, state)
+    summary = {"arms": {"untrained": {"reward": 50.0, "judge": 0.6}}}
+    served.store.add_evaluation(run_id, Evaluation("baseline", 0, "test", [], summary))
+    page.goto(f"{served.url}/#live?run={run_id}")
+    expect(plot(page, "judge").locator(".scatterlayer path.point")).to_have_count(1)  # and no fault on the console
+    served.store.set_state(run_id, "stopped")
+    served.store.delete(run_id)
 
 
 def test_the_picker_shows_another_run_and_says_when_one_goes_on_elsewhere(

@@ -118,7 +118,9 @@
     /* Each trace has an identity, so that what was hidden in the legend stays hidden when others come or go. */
     traces() {
       const hidden = (key) => (this.plot.data || []).some((trace) => trace.uid === key && trace.visible === 'legendonly');
+      const some = this.raw.data.some(({ x }) => x.length);  // beside them an axis without any point would be drawn at NaN
       return this.raw.data.map(recolored).flatMap((trace, index) => {
+        if (some && !trace.x.length) return [];
         const uid = (trace.meta && trace.meta.key) || String(index);
         if (!this.weight || !trace.meta || !trace.meta.smooth) return [{ ...trace, uid }];
         const group = trace.legendgroup || uid;
