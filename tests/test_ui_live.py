@@ -421,6 +421,12 @@ def test_phases_show_what_is_done_what_goes_on_and_what_comes(store: Store) -> N
         ("image model", "later", 0.0),
         ("reward", "later", 0.0),
     ]
+    assert of("loading", "downloading a/b (MB)", 120, 480) == [
+        ("downloading a/b", "now", 0.25),
+        ("policy", "later", 0.0),
+        ("image model", "later", 0.0),
+        ("reward", "later", 0.0),
+    ]
     assert of("baseline", "untrained", 32, 100) == [
         ("original prompts", "done", 1.0),
         ("untrained, sampled", "now", 0.32),
@@ -431,11 +437,17 @@ def test_phases_show_what_is_done_what_goes_on_and_what_comes(store: Store) -> N
 
 def test_a_phase_says_how_far_it_is_in_what_it_counts(store: Store) -> None:
     notes = {}
-    for state, name in (("training", "rendering"), ("training", "updating"), ("baseline", "untrained")):
+    for state, name in (("training", "rendering"), ("training", "updating"), ("baseline", "untrained"),
+                        ("loading", "downloading a/b (MB)")):  # fmt: skip
         run_id = to_state(store, state)
         store.set_phase(run_id, name, 1, 4)
         notes[name] = [part["note"] for part in phases(store.run(run_id)) if part["state"] == "now"]
-    assert notes == {"rendering": ["1 of 4 groups"], "updating": [""], "untrained": ["1 of 4"]}
+    assert notes == {
+        "rendering": ["1 of 4 groups"],
+        "updating": [""],
+        "untrained": ["1 of 4"],
+        "downloading a/b (MB)": ["1 of 4 MB"],
+    }
 
 
 def test_a_validation_measures_all_arms_and_the_final_evaluation_the_trained_ones(store: Store) -> None:

@@ -12,7 +12,7 @@ from engine_runs import small
 from playwright.sync_api import Locator, Page, expect
 from served import Served
 
-from grpo_engine.recorder import STEP_METRICS, Evaluation
+from grpo_engine.recorder import STEP_METRICS
 from grpo_engine.store import Store
 
 NAME = "Watched <b>run</b>"
@@ -206,7 +206,7 @@ def test_a_run_that_was_measured_but_has_no_step_yet_is_drawn(page: Page, served
     for state in ("loading", "baseline"):
         served.store.set_state(run_id, state)
     summary = {"arms": {"untrained": {"reward": 50.0, "judge": 0.6}}}
-    served.store.add_evaluation(run_id, Evaluation("baseline", 0, "test", [], summary))
+    served.store.add_evaluation(run_id, "baseline", 0, "test", [], summary)
     page.goto(f"{served.url}/#live?run={run_id}")
     expect(plot(page, "judge").locator(".scatterlayer path.point")).to_have_count(1)  # and no fault on the console
     served.store.set_state(run_id, "stopped")
