@@ -138,7 +138,7 @@
     }
 
     async show(runs, prompt) {
-      this.byId = new Map(runs.map((run) => [run.id, run]));
+      this.byId = new Map([...(this.byId || []), ...runs.map((run) => [run.id, run])]);  // those left out may stand here a moment longer
       const key = JSON.stringify(runs.map(({ id, name, gains }) => [id, name, gains]));  // asked again when a run was measured
       if (key !== this.key) {
         this.key = key;
@@ -184,7 +184,7 @@
       const wanted = `${id} ${this.key}`;
       if (this.drawn === wanted) return;
       const told = await grpo.get('compare/pictures', { runs: idsOf(this.runs), prompt: id });
-      if (this.prompt !== id) return;
+      if (wanted !== `${this.prompt} ${this.key}`) return;  // another prompt, or other runs meanwhile
       this.drawn = wanted;
       this.told = told;
       this.draw();
