@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from serving import serving
 from grpo_engine.store import Store
 
 GOAL_S = 2.0
-SETTINGS = {"training.steps": 100_000, "evaluation.prompts": 2, "evaluation.images_per_prompt": 1}
+SETTINGS = {"training.steps": 100_000, "evaluation.prompts": 2}
 
 
 def ask(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """The app's answer to a question, or with a ``body`` to an action."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{url}/grpo/{path}", data, {"Content-Type": "application/json", "X-GRPO": "1"})
-    with urllib.request.urlopen(request, timeout=600) as response:
-        found: dict[str, Any] = json.load(response)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            found: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{path}: {error.read().decode()}") from None
     return found
 
 
