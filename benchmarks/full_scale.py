@@ -15,11 +15,12 @@ import argparse
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import bars, machine, median, table
+from engine import Nobody
 from full_scale_models import Sizes, build_images, build_policy, build_reward, published, small
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,23 +28,10 @@ from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import read_prompts
-from grpo_engine.recorder import Evaluation
-from grpo_engine.rollout import Group
 from grpo_engine.trainer import PureGRPOTrainer
 
 GIB = 2**30
 PHASES = ("sample", "render", "score", "update")
-
-
-class Nobody:
-    """A recorder that keeps nothing."""
-
-    def state(self, state: str, message: str = "") -> None: ...
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
-    def step(self, step: int, metrics: Mapping[str, float | None], groups: Sequence[Group]) -> None: ...
-    def evaluation(self, evaluation: Evaluation) -> None: ...
-    def event(self, kind: str, message: str, **data: Any) -> None: ...
-    def flush(self) -> None: ...
 
 
 class Meter:
@@ -110,6 +98,7 @@ def configured(arguments: argparse.Namespace, denoising: int) -> RunConfig:
             f"models.image.use_t5={str(arguments.t5).lower()}",
             f"models.image.max_sequence_length={256 if arguments.t5 else 0}",
             "objective.min_std=0",  # random weights give rewards that hardly differ; the work must be done all the same
+            *arguments.set,
         ],
     )
 
@@ -142,6 +131,7 @@ def main() -> None:
     parser.add_argument("--denoising", type=int, nargs="+", default=[10, 28])
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each; the median is shown")
     parser.add_argument("--small", action="store_true", help="small models: tries this file out on a CPU")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="as in train")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -51,6 +51,15 @@ def test_the_growth_of_every_kind_is_measured(shown: Shown) -> None:
     assert 0 < float(memory[3]) < float(memory[2])  # chunks of 32 tokens need less than all 64
 
 
+def test_the_full_scale_is_built_and_measured_phase_by_phase(shown: Shown) -> None:
+    few = ["--set", "training.batch_size=2", "--set", "sampling.num_rollouts=2", "--set", "sampling.max_new_tokens=4"]
+    out = shown("full_scale", "--small", "--device", "cpu", "--denoising", "1", "--steps", "1", "--t5", *few)
+    rows = {row[2]: row for row in map(str.split, out.splitlines()) if row[:2] == ["1", "steps"] and len(row) > 4}
+    assert list(rows) == ["sample", "render", "score", "update", "whole"]
+    for phase in ("sample", "render", "score", "update"):
+        assert float(rows[phase][3]) > 0 and float(rows[phase][5]) > 0  # seconds, and a share of the matrix rate
+
+
 def test_without_trl_one_sentence_says_how_to_install_it(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed, whether it is or not
     with pytest.raises(SystemExit, match="TRL, which is not installed.*pip install -r benchmarks/requirements.txt"):
