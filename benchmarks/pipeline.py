@@ -30,6 +30,7 @@ from grpo_engine.rollout import Completions, Picture
 from grpo_engine.stream import GroupStream
 
 PROMPTS, ROLLOUTS = 24, 4
+BATCH = 2  # pictures: at full scale larger batches take as much longer, and groups come less evenly
 # Seconds. As at full scale, rendering is most of the work; with four replicas it is no longer.
 SAMPLE, RENDER, SCORE, UPDATE = 0.05, 0.20, 0.02, 0.15  # a group, a picture, a picture, a group
 REPLICAS = (1, 2, 4)
@@ -94,7 +95,7 @@ def one_step(replicas: int, streaming: str) -> Step:
     """Sampling pass by pass, rendering, scoring, and the update in the order of the prompts."""
     config = RunConfig.load("tiny", [
         f"training.batch_size={PROMPTS}", f"sampling.num_rollouts={ROLLOUTS}", "sampling.prompts_per_pass=1",
-        f"models.image.batch_size={ROLLOUTS}", f"training.streaming={streaming}",
+        f"models.image.batch_size={BATCH}", f"training.streaming={streaming}",
     ])  # fmt: skip
     images = [SleepingImages(config.models.image) for _ in range(replicas)]
     devices = [torch.device("cuda", index) for index in range(replicas + 2)]

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from .config import RunConfig
 from .control import RunControl
 from .distributed import ALONE, World
 from .environment import PureGRPOPromptEnvironment
+from .figures import group_figures, judged
 from .judge import Judge
 from .objective import (
     aggregate_size,
@@ -33,7 +33,7 @@ from .objective import (
 )
 from .prompts import Prompt
 from .recorder import Recorder
-from .rollout import Completions, Group, mean_length
+from .rollout import Completions, Group
 from .seeding import derive_seed, numpy_generator, seeded_initialization
 from .stream import GroupStream
 
@@ -408,53 +408,20 @@ class PureGRPOTrainer:
         yield
         self._seconds[phase] += time.perf_counter() - begun
 
-    def _judged(self, groups: Sequence[Group]) -> float | None:
-        """Mean judgement of the step's pictures; one that could not be drawn counts 0. None without a judge."""
-        if self.judge is None:
-            return None
-        drawn = [(p, g.prompt) for g in groups for p in g.pictures if p is not None]
-        judged = self.judge.judge([picture for picture, _ in drawn], [prompt for _, prompt in drawn])
-        return sum(judgement.score for judgement in judged) / sum(len(group) for group in groups)
-
     def _metrics(
         self, groups: Sequence[Group], update: dict[str, float], resampled: int, seconds: float
     ) -> dict[str, float | None]:
         """The figures of one step, named and described in ``recorder.STEP_METRICS``."""
-        rewards = torch.stack([group.rewards for group in groups]).double()
-        advantages = torch.stack([group.advantages for group in groups]).double()
-        rewrites = [rewrite for group in groups for rewrite in group.rewrites if rewrite is not None]
-        cut = [self.environment.images.cut_tokens(rewrite) for rewrite in rewrites]
-        parts: dict[str, list[float]] = defaultdict(list)
-        for group in groups:
-            for score in group.scores:
-                for name, value in score.parts.items():
-                    parts[name].append(value)
-        finished = torch.cat([group.completions.finished for group in groups])
-        figures: dict[str, Any] = {
-            **{f"reward_{name}": float(np.mean(values)) for name, values in parts.items()},
-            "judge_mean": self._judged(groups),
-            "reward_mean": float(rewards.nanmean()),
-            "reward_std": float(rewards.std(dim=1, correction=0).mean()),
-            "reward_p10": float(rewards.quantile(0.1)),
-            "reward_p90": float(rewards.quantile(0.9)),
-            "avg_advantage": float(advantages.mean()),
-            "advantage_p10": float(advantages.quantile(0.1)),
-            "advantage_p90": float(advantages.quantile(0.9)),
+        return {
+            **group_figures(groups, self.environment.images.cut_tokens),
+            **update,
+            "judge_mean": judged(self.judge, groups),
             "zero_spread_share": float(np.mean(self._flat(_rewards(groups)))),
             "resampled_groups": float(resampled),
-            "completion_tokens": mean_length(groups),
-            "rewrite_words": float(np.mean([len(text.split()) for text in rewrites])) if rewrites else None,
-            "cut_tokens": float(np.mean(cut)) if cut else None,
-            "cut_share": float(np.mean([count > 0 for count in cut])) if cut else None,
-            "truncated_share": float((~finished).double().mean()),
-            "distinct_share": float(np.mean([len(set(group.rewrites)) / len(group) for group in groups])),
-            "parse_failures": float(sum(group.failures for group in groups)),
-            "images_rendered": float(sum(len(set(g.rewrites) - {None}) for g in groups)),
             "seconds": seconds,
             "seconds_record": self._recording,
             **{f"seconds_{phase}": value for phase, value in self._seconds.items()},
         }
-        return figures | update
 
 
 def _rewards(groups: Sequence[Group]) -> Tensor:
