@@ -520,7 +520,11 @@ class RunConfig(Section):
 
     def dump_yaml(self) -> str:
         """All settings as YAML, as saved beside a run; :meth:`load` reads it back to an equal value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        data = self.model_dump(mode="json")
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        if any(mark in text for mark in "\x85\u2028\u2029"):  # read back as line breaks, which fold into spaces
+            text = yaml.safe_dump(data, sort_keys=False)
+        return text
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that differ: dotted name -> (this, other)."""

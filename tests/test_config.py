@@ -290,6 +290,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 @given(name=TEXTS, system=TEXTS, rate=st.floats(1e-12, 1.0), seed=st.integers(0, 2**63 - 1))
 @example(name="1e5", system="yes", rate=1e-6, seed=2**63 - 1)
 @example(name="null", system="a: b\n\n- c\t\x85\u2028 #\r\n", rate=0.1, seed=0)
+@example(name="\x85", system="a\x85b '\u2029", rate=0.1, seed=0)
 def test_any_text_and_number_survives_the_saved_yaml(name: str, system: str, rate: float, seed: int) -> None:
     data = {
         "seed": seed,
