@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_config
 from saved_policy import new_optimizer
 
 from grpo_engine.checkpoint import CheckpointError, save_checkpoint
@@ -21,6 +20,7 @@ from grpo_engine.export import export
 from grpo_engine.loading import load_policy
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.seeding import normals
+from tests.conftest import run_config
 
 README_PROMPT, CARD_PROMPT = "a large red ring", "a red cube on a green table"
 
