@@ -25,6 +25,14 @@
     return library;
   }
 
+  /* Charts are drawn one after another, and the page breathes between them: the first stands before the last is begun. */
+  let last = Promise.resolve();
+  function turn() {
+    const mine = last;
+    last = mine.then(() => new Promise((resolve) => { setTimeout(resolve, 0); }));
+    return mine;
+  }
+
   const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
 
   /* The server draws with the light theme's colours (PALETTE in charts.py); in the dark they are exchanged. */
@@ -156,6 +164,7 @@
       this.drawing = (async () => {
         const lib = await plotly();
         await new Promise((resolve) => { requestAnimationFrame(resolve); setTimeout(resolve, 100); });
+        await turn();
         this.drawing = null;
         this.stale = true;
         if (!this.raw || !this.plot.clientWidth) return;

@@ -16,6 +16,7 @@
   };
 
   function mount(root) {
+    grpo.chart.load().catch(() => undefined);  // while the data is on its way; a chart that needs it tells of a failure
     view.root = root;
     const page = h('div', { class: 'g-stack', hidden: true });
     const none = h('div', { hidden: true }, grpo.empty('Nothing has been trained yet',
