@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from grpo_engine.tiny import WEIGHTS, fitting
+from grpo_engine.config import RunConfig
+from grpo_engine.loading import load_environment
+from grpo_engine.tiny import WEIGHTS, autoencoder, build, clip, diffusion, eyes, fitting, sft
 from grpo_engine.tiny.autoencoder import encode_pictures, new_autoencoder, normalise_latents
 from grpo_engine.tiny.captions import canonical
 from grpo_engine.tiny.clip import contrast_scenes
@@ -450,3 +453,35 @@ def test_words_are_compared_at_their_own_tokens_and_cost_what_a_coin_would_befor
     assert parts["read"].item() == pytest.approx(math.log(2) * np.mean(sizes), rel=1e-5)
     assert parts["fit"].item() == pytest.approx(2 * math.log(2), rel=1e-5)
     assert parts["answer"].item() == pytest.approx(answer_loss(model, inputs, labels).item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_everything_is_built_from_nothing_loads_as_shipped_and_goes_on_where_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole command but for the number of steps: every stage, its files, and the folders that a run loads."""
+    for module, name in [
+        (autoencoder, "RECIPE"), (clip, "RECIPE"), (diffusion, "RECIPE"), (eyes, "RECIPE"),
+        (sft, "RECIPE"), (sft, "LAST"), (sft, "JUDGE"),
+    ]:  # fmt: skip
+        recipe = dataclasses.replace(getattr(module, name), steps=2)
+        monkeypatch.setattr(module, name, recipe)
+    monkeypatch.setattr(build, "POOL_SIZE", 320)
+    monkeypatch.setattr(build, "HELD_OUT_SIZE", 40)
+    monkeypatch.setattr(build, "WEIGHTS", tmp_path / "weights")
+
+    def built() -> dict[str, bytes]:
+        build.Build(tmp_path / "work", 0, CPU, compiled=False).run()
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / "weights").rglob("*.safetensors")}
+
+    first = built()
+    assert {name.split("/")[1] for name in first} == {"image", "policy", "reward"}
+    settings = {part: str(tmp_path / "weights" / part) for part in ("policy", "image", "reward")}
+    config = RunConfig.load("tiny", ["placement.plan=cpu", *(f"models.{k}.path={v}" for k, v in settings.items())])
+    environment = load_environment(config)
+    assert len(environment.policy.sample(["a red disc"], [[1, 2]])[0]) == 2
+
+    for stage in ("policy-last", "policy-judge", "denoiser"):  # as if it had been stopped before them
+        (tmp_path / "work" / f"{stage}.pt").unlink()
+    shutil.rmtree(tmp_path / "weights")
+    assert built() == first
