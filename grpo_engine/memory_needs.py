@@ -133,12 +133,15 @@ def _sampling(config: RunConfig, size: PolicySize, width: int, head: int) -> lis
     # One layer's keys and values are there twice as they grow by a token, and repeated for all query heads.
     repeated = size.heads if size.heads > size.kv_heads else 0
     copied = 2 * (size.kv_heads + repeated) * size.head_dim * width
-    logits = (width + 2 * WIDE) * size.vocabulary + 60 * kept  # sampler.truncate and draw
+    if truncated:  # sampler.truncate and draw
+        logits = (width + 2 * WIDE) * size.vocabulary + 60 * kept
+    else:  # sampler.whole_logprobs and draw_token, which may have to sort them all
+        logits = (width + 15 * WIDE) * size.vocabulary
     return [
         _estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied)),
         _estimate("policy", f"prompts of {prompts} groups", prompts * head * layer),
         _estimate("policy", f"logits of {rows} rows", rows * logits),
-        _estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * (3 if truncated else 1)),
+        _estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * 3 if truncated else 0),
     ]
 
 
