@@ -25,7 +25,7 @@ from grpo_engine.store import Store
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 START_SECONDS = 120.0  # of a cold, busy machine
-expect.set_options(timeout=20_000)  # the same as pages wait
+expect.set_options(timeout=60_000)  # the same as pages wait
 RECORDED = ("training.steps=6", "training.batch_size=3", "evaluation.prompts=6", "evaluation.images_per_prompt=2",
             "evaluation.samples=2", "models.image.steps=4")  # fmt: skip
 
@@ -142,7 +142,7 @@ def new_page(chromium: Browser, served: Served) -> Iterator[Callable[..., Page]]
         page.on("console", on_console)
         page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
         page.on("request", on_request)
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         return page
 
     yield open_page
