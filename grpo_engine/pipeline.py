@@ -192,7 +192,9 @@ class Pipeline:
     def _take(self, workers: Sequence[tuple[int, Work]]) -> tuple[int, Work, Any] | None:
         for stage, work in workers:
             if self._queues[stage] and self._room(stage + 1):
-                return stage, work, self._queues[stage].popleft()
+                item = self._queues[stage].popleft()
+                self._changed.notify_all()  # there is room now, for a lane that waits for it
+                return stage, work, item
         return None
 
     def _room(self, stage: int) -> bool:

@@ -174,6 +174,44 @@ def test_a_full_queue_makes_whoever_fills_it_wait() -> None:
     assert pipeline.idle_seconds > 0.05
 
 
+def test_room_made_by_taking_an_item_wakes_whoever_waits_for_it() -> None:
+    begin, gate = threading.Event(), threading.Event()
+    deadline = time.monotonic() + 20.0
+
+    class LateStart(Pipeline):
+        """Lane b looks at its queue only once it is full, and lane a has found it so."""
+
+        def _serve(self, lane: Hashable) -> None:
+            if lane == "b":
+                begin.wait()
+            super()._serve(lane)
+
+    def busy(item: Any, poll: Poll) -> Iterable[Any]:
+        while not gate.is_set():
+            poll()
+            time.sleep(0.005)
+        return []
+
+    def poll() -> None:
+        if time.monotonic() > deadline:
+            begin.set()
+            raise Broken("the first lane still waits, though the second has made room")
+
+    passed: list[int] = []
+    stages = [Stage("1", [("a", sleeping(0.0, passed))], 2), Stage("2", [("b", busy)], 3)]
+    with LateStart(stages, poll=poll) as pipeline:
+        for item in range(5):  # three before b, two before a
+            pipeline.put(item)
+        time.sleep(0.2)
+        assert len(passed) == 3
+        begin.set()
+        pipeline.put(5)  # b holds the first, and works on it
+        pipeline.until(lambda: len(passed) == 4)
+        gate.set()
+        pipeline.settle()
+    assert len(passed) == 6
+
+
 # -- errors, stops, pauses -----------------------------------------------------------------------------------
 
 
