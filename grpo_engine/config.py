@@ -365,7 +365,8 @@ class TrainingConfig(Section):
     minibatches: int = _f(1, "Optimiser steps each pass is cut into, by whole groups.", ge=1, le=256, advanced=True)
     update_rows: int = _f(
         0,
-        "Most rewrites in one forward-backward; 0 = a group. Never changes the result.",
+        "Most rewrites in one forward-backward: fewer than a group has cut it, several times as many take whole groups "
+        "together; 0 = a group. Never changes the result.",
         ge=0,
         le=4096,
         advanced=True,

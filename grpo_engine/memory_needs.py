@@ -135,7 +135,7 @@ def _sampling(config: RunConfig, size: PolicySize, width: int, head: int) -> lis
     copied = 2 * (size.kv_heads + repeated) * size.head_dim * width
     if truncated:  # sampler.truncate and draw
         logits = (width + 2 * WIDE) * size.vocabulary + 60 * kept
-    else:  # sampler.whole_logprobs and draw_token, which may have to sort them all
+    else:  # sampler.whole_logprobs and draw
         logits = (width + 15 * WIDE) * size.vocabulary
     return [
         _estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied)),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import shared_prefix
 from .config import PolicyModelConfig, SamplingConfig
+from .kv_cache import repeat_with_room
 from .policy_family import (
     adapter_layers,
     end_tokens,
@@ -28,12 +29,17 @@ from .policy_family import (
     shaped,
     suppressed_tokens,
 )
-from .rollout import Completions, Picture
-from .sampler import chunked_logprobs, draw, draw_token, entropy_of, pad_kept, truncate, whole_logprobs
+from .rollout import Completions, Picture, stacked
+from .sampler import chunked_logprobs, draw, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
 
 Poll = Callable[[], None]
 """Called often during long work; raises to stop it."""
+
+
+DROP_SHARE = 0.75  # completions that have ended leave the batch once no more than this share of it still runs
+MERGED_BYTES = 2**26
+"""Most bytes of weights that are copied with the adapter added to them, while a policy samples."""
 
 
 def no_poll() -> None:
@@ -123,6 +129,30 @@ class PureGRPOPolicy:
                 for layer in self._adapters:
                     layer.enable_adapters(True)
 
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        """Inside, the adapter is part of the weights, where that is exact up to rounding and a small model gains by it.
+
+        Decoding token by token, a small model spends most of its time on calls, and half of them are the adapter's.
+        """
+        layers: list[Any] = [layer for layer in self._adapters if not layer.disable_adapters]
+        weights: list[Tensor] = [layer.get_base_layer().weight for layer in layers]
+        small = sum(weight.nbytes for weight in weights) <= MERGED_BYTES
+        if not small or any(weight.dtype != torch.float32 for weight in weights):
+            yield
+            return
+        before = [weight.data for weight in weights]  # kept, not computed back: they must stay the same bits
+        for layer, weight in zip(layers, weights, strict=True):
+            (adapter,) = layer.active_adapters
+            weight.data = weight.data + layer.get_delta_weight(adapter)
+            layer.merged_adapters.append(adapter)
+        try:
+            yield
+        finally:
+            for layer, weight, data in zip(layers, weights, before, strict=True):
+                weight.data = data
+                layer.merged_adapters.clear()
+
     @property
     def _base(self) -> Any:
         """The transformers model itself; its layers carry the adapter in place."""
@@ -176,61 +206,85 @@ class PureGRPOPolicy:
         sizes = {len(group) for group in seeds}
         if len(sizes) != 1 or 0 in sizes or len(seeds) != len(prompts):
             raise ValueError(f"sample needs one equally large group of seeds a prompt, not sizes {sorted(sizes)}.")
-        size, limit = sizes.pop(), self.sampling.max_new_tokens
         prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
-        randoms = uniforms([seed for group in seeds for seed in group], limit).to(self.device)
+        randoms = uniforms([seed for group in seeds for seed in group], self.sampling.max_new_tokens).to(self.device)
+        with self._merged():
+            return self._decode(prompt_ids, sizes.pop(), randoms, greedy=greedy, poll=poll)
+
+    def _decode(
+        self, prompt_ids: Sequence[Tensor], size: int, randoms: Tensor, *, greedy: bool, poll: Poll
+    ) -> list[Completions]:
+        """Groups of ``size`` completions of each prompt, drawn with ``randoms`` (prompts * size, tokens)."""
         ids, mask, positions = _left_padded(prompt_ids, self._pad_token, self.device)
         positions = shaped(positions, self._rows)
-        base, rows = self._base, len(prompts) * size
+        base, (rows, limit) = self._base, randoms.shape
         poll()
         output = base.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
-        cache.batch_repeat_interleave(size)
+        read = mask.shape[1]
+        repeat_with_room(cache, size, read + limit)
         hidden = hidden.repeat_interleave(size, dim=0)
-        mask = mask.repeat_interleave(size, dim=0)
-        lengths = mask.sum(dim=1)
-        running = torch.ones(rows, dtype=torch.bool, device=self.device)
+        lengths = mask.sum(dim=1).repeat_interleave(size)
+        seen = self._seen(mask.repeat_interleave(size, dim=0), limit)
         ends = torch.tensor(self.end_tokens, device=self.device)
-        tokens, logprobs, entropies, kept_sets, masks = [], [], [], [], []
+        tokens = torch.full((rows, limit), self._pad_token, device=self.device)
+        masks = torch.zeros(rows, limit, dtype=torch.bool, device=self.device)
+        logprobs, entropies = (torch.zeros(rows, limit, device=self.device) for _ in range(2))
+        kept_sets = []
+        here = torch.arange(rows, device=self.device)  # the rows that still go through the model
+        running = torch.ones(rows, dtype=torch.bool, device=self.device)  # which of those have not ended
         for step in range(limit):
-            token, logprob, entropy, kept = self._next_tokens(base.lm_head(hidden), randoms[:, step], greedy)
-            token = token.masked_fill(~running, self._pad_token)
-            tokens.append(token)
-            logprobs.append(logprob.masked_fill(~running, 0.0))
-            entropies.append(entropy.masked_fill(~running, 0.0))
+            token, logprob, entropy, kept = self._next_tokens(base.lm_head(hidden), randoms[here, step], greedy)
+            own = here[running]
+            tokens[own, step], masks[own, step] = token[running], True
+            logprobs[own, step], entropies[own, step] = logprob[running], entropy[running]
             if kept is not None:
-                kept_sets.append(kept.masked_fill(~running.unsqueeze(1), -1))
-            masks.append(running)
+                every = kept.new_full((rows, kept.shape[1]), -1)
+                every[own] = kept[running]
+                kept_sets.append(every)
             running = running & ~torch.isin(token, ends)
-            if not running.any() or step + 1 == limit:
+            left = int(running.sum())
+            if left == 0 or step + 1 == limit:
                 break
             poll()
-            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            if left <= DROP_SHARE * len(here):
+                here, token, seen, lengths = here[running], token[running], seen[running], lengths[running]
+                cache.batch_select_indices(running.nonzero().squeeze(1))
+                running = running[running]
             output = base.model(
                 input_ids=token.unsqueeze(1),
-                attention_mask=mask,
+                attention_mask=seen[..., : read + step + 1],
                 position_ids=shaped((lengths + step).unsqueeze(1), self._rows),
                 past_key_values=cache,
                 use_cache=True,
             )
             hidden = output.last_hidden_state[:, -1]
-        all_tokens, all_masks = torch.stack(tokens, 1), torch.stack(masks, 1)
-        all_logprobs, all_entropies = torch.stack(logprobs, 1), torch.stack(entropies, 1)
-        all_kept = pad_kept(kept_sets) if kept_sets else None
+        kept_of_all = pad_kept(kept_sets) if kept_sets else None
         groups = []
         for index, prompt in enumerate(prompt_ids):
-            own = slice(index * size, (index + 1) * size)
+            group = slice(index * size, (index + 1) * size)
             groups.append(
                 self._completions(
                     prompt,
-                    all_tokens[own],
-                    all_masks[own],
-                    all_logprobs[own],
-                    all_entropies[own],
-                    None if all_kept is None else all_kept[own],
+                    tokens[group],
+                    masks[group],
+                    logprobs[group],
+                    entropies[group],
+                    None if kept_of_all is None else kept_of_all[group],
                 )
             )
         return groups
+
+    def _seen(self, mask: Tensor, limit: int) -> Tensor:
+        """What the tokens of rows see, up to ``limit`` tokens after their prompts, of which ``mask`` (R, L) are real.
+
+        A model that is known to attend in the plain way is given the (R, 1, 1, L + limit) that are added to its
+        scores, which it would else make anew of the (R, L + limit) at every token.
+        """
+        whole = torch.nn.functional.pad(mask, (0, limit), value=1)
+        if not self.shares_prefix:
+            return whole
+        return shared_prefix.added(whole.bool(), self._base.dtype)[:, None, None]
 
     def _next_tokens(
         self, logits: Tensor, uniform: Tensor, greedy: bool
@@ -241,7 +295,7 @@ class PureGRPOPolicy:
         sampling = self.sampling
         if sampling.top_k == 0 and sampling.top_p == 1.0:
             whole = whole_logprobs(logits, temperature=sampling.temperature, suppressed=self.suppressed)
-            token = whole.argmax(dim=-1) if greedy else draw_token(whole, uniform)
+            token = whole.argmax(dim=-1) if greedy else draw(whole, uniform)
             return token, whole.gather(1, token.unsqueeze(1)).squeeze(1), entropy_of(whole), None
         kept, logprobs = truncate(
             logits,
@@ -287,30 +341,34 @@ class PureGRPOPolicy:
     # -- log-probabilities -------------------------------------------------------------------------------
 
     def token_logprobs(
-        self, completions: Completions, *, share_prefix: bool = True, logit_chunk: int = 0
+        self, *groups: Completions, share_prefix: bool = True, logit_chunk: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of sampled tokens under the present weights, with gradient.
 
-        Over the same kept sets that were sampled from. Logits are computed for completion tokens only, at most
-        ``logit_chunk`` tokens at a time (0 = all at once). With ``share_prefix`` the prompt goes through the model
-        once for the whole group (if the model can, see :func:`shared_prefix.prepare`), else once a row. Neither
-        changes the result or its gradient but by rounding.
+        Over the same kept sets that were sampled from. All groups go through the model together; their R rows stand
+        one group after the other, padded to the longest (:func:`stacked`). Logits are computed for completion tokens
+        only, at most ``logit_chunk`` tokens at a time (0 = all at once). With ``share_prefix`` a prompt goes through
+        the model once for its whole group (if the model can, see :func:`shared_prefix.prepare`), else once a row.
+        None of this changes the result or its gradient but by rounding.
 
         Returns:
-            float32 (G, T) and (G, T) on the policy's device, 0 on padding.
+            float32 (R, T) and (R, T) on the policy's device, 0 on padding.
         """
-        mask = completions.mask.to(self.device)
-        tokens = completions.token_ids.to(self.device)
+        mask = stacked([group.mask for group in groups]).to(self.device)
+        tokens = stacked([group.token_ids for group in groups]).to(self.device)
+        prompts = [group.prompt_ids.to(self.device) for group in groups]
+        sizes = [len(group) for group in groups]
         if share_prefix and self.shares_prefix:
-            prompt = completions.prompt_ids.to(self.device)
-            hidden = shared_prefix.hidden_states(self._base, prompt, tokens, mask)
+            hidden = shared_prefix.hidden_states(self._base, prompts, sizes, tokens, mask)
         else:
-            hidden = self._hidden_plain(completions.prompt_ids, tokens, mask)
+            parts = zip(prompts, tokens.split(sizes), mask.split(sizes), strict=True)
+            hidden = torch.cat([self._hidden_plain(*part) for part in parts])
+        kept = [group.kept for group in groups if group.kept is not None]
         logprobs, entropies = chunked_logprobs(
             self._base.lm_head,
             hidden[mask],
             tokens[mask],
-            None if completions.kept is None else completions.kept.to(self.device)[mask],
+            stacked(kept, -1).to(self.device)[mask] if kept else None,
             chunk=logit_chunk,
             temperature=self.sampling.temperature,
             suppressed=self.suppressed,
@@ -321,7 +379,7 @@ class PureGRPOPolicy:
     def _hidden_plain(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Hidden states (G, T, D) that predict each of ``tokens`` (G, T), every row with its own copy of the prompt."""
         rows, width = tokens.shape
-        prompt = prompt_ids.to(self.device).expand(rows, -1)
+        prompt = prompt_ids.expand(rows, -1)
         ids = torch.cat([prompt, tokens], dim=1)
         attention = torch.cat([torch.ones_like(prompt), mask.long()], dim=1)
         positions = shaped(torch.arange(ids.shape[1], device=self.device).expand(rows, -1), self._rows)

@@ -108,3 +108,12 @@ def mean_length(groups: Sequence[Group]) -> float:
     """Mean completion length in tokens over all rollouts."""
     lengths = torch.cat([group.completions.mask.sum(dim=1) for group in groups])
     return float(lengths.double().mean())
+
+
+def stacked(parts: Sequence[Tensor], padding: float = 0) -> Tensor:
+    """Tensors (G, T, ...) of several groups as one, their rows one after the other, padded to the largest sizes."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
+    out = parts[0].new_full((sum(len(part) for part in parts), *sizes), padding)
+    for rows, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
+        rows[tuple(slice(size) for size in part.shape)] = part
+    return out

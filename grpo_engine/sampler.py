@@ -76,34 +76,16 @@ def _require_alive(rows: Tensor) -> None:
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sampling: the index (N,) whose cumulative probability first exceeds ``uniform`` (N,) in [0, 1)."""
     cumulative = logprobs.double().exp().cumsum(dim=-1)
-    scaled = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # rounding must not leave the last bin
-    return torch.searchsorted(cumulative, scaled, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
-
-
-def draw_token(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """:func:`draw` from a whole vocabulary: token ids (N,) for ``logprobs`` (N, V) and ``uniform`` (N,) in [0, 1).
-
-    The tokens are taken by falling probability, as :func:`truncate` orders them, but sorted only as far as the draws
-    reach: sorting a whole vocabulary is most of the work.
-    """
-    total = logprobs.double().exp().sum(dim=-1, keepdim=True)
-    wanted = uniform.to(total).unsqueeze(-1) * total
-    width = 0
-    while True:
-        width = min(max(64, 8 * width), logprobs.shape[-1])
-        values, tokens = logprobs.topk(width, dim=-1, sorted=True)
-        index = torch.searchsorted(values.double().exp().cumsum(dim=-1), wanted, right=True)
-        if width == logprobs.shape[-1] or bool((index < width).all()):
-            break
-    alive = torch.isfinite(values).sum(dim=-1, keepdim=True)
-    return tokens.gather(1, torch.minimum(index, alive - 1)).squeeze(1)  # rounding must not leave the last bin
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not leave the last bin that holds anything
+    wanted = torch.minimum(uniform.to(total).unsqueeze(-1) * total, below)
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
 
 
 def entropy_of(logprobs: Tensor) -> Tensor:
     """Entropy in nats over the last dimension; -inf entries count nothing."""
-    finite = torch.isfinite(logprobs)
-    safe = torch.where(finite, logprobs, torch.zeros_like(logprobs))
-    return -(torch.where(finite, safe.exp(), torch.zeros_like(safe)) * safe).sum(dim=-1)
+    finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # of -inf: 0 times a number, and no gradient
+    return -(finite.exp() * finite).sum(dim=-1)
 
 
 def truncated_logprobs(

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from .objective import (
 )
 from .prompts import Prompt
 from .recorder import Recorder
-from .rollout import Completions, Group
+from .rollout import Completions, Group, stacked
 from .seeding import derive_seed, numpy_generator, seeded_initialization
 from .stream import GroupStream
 
@@ -42,6 +43,25 @@ RATIO_TOLERANCE = 1e-4
 
 class TrainingFailed(RuntimeError):
     """Training can't go on; the message is one plain sentence."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a group, or all, as they go through the policy in an update."""
+
+    group: Group
+    rows: slice
+
+    @property
+    def completions(self) -> Completions:
+        """Those of the rows."""
+        return self.group.completions.rows(self.rows)
+
+    def told(self, kl: Tensor, shift: Tensor) -> None:
+        """Note the rows' figures, each float32 (rows, at least T)."""
+        for whole, own in ((self.group.kl, kl), (self.group.shift, shift)):
+            assert whole is not None
+            whole[self.rows] = own[:, : whole.shape[1]]
 
 
 class PureGRPOTrainer:
@@ -313,24 +333,34 @@ class PureGRPOTrainer:
         sums: dict[str, float] = defaultdict(float)
         self.policy.model.train()
         try:
-            for group in groups:
+            for parts in self._passes(groups):
                 if first:  # later the step would be left half done
                     self.control.poll()
-                    self._arrive([] if len(group.advantages) else [group])
-                (flat,) = self._flat(_rewards([group]))
-                rows = self.config.training.update_rows or len(group)
-                kl_rows, shift_rows = [], []
-                for start in range(0, len(group), rows):
-                    part = slice(start, start + rows)
-                    loss, kl, shift = self._part_loss(group, part, size, sums, first=first, learn=not flat)
-                    kl_rows.append(kl)
-                    shift_rows.append(shift)
-                    if not flat:
-                        loss.backward()
-                group.kl, group.shift = torch.cat(kl_rows), torch.cat(shift_rows)
+                    self._arrive([part.group for part in parts if not len(part.group.advantages)])
+                flat = self._flat(_rewards([part.group for part in parts]))
+                for learn in (True, False):
+                    own = [part for part, without in zip(parts, flat, strict=True) if learn is not without]
+                    if own:
+                        loss = self._pass_loss(own, size, sums, first=first, learn=learn)
+                        if learn:
+                            loss.backward()
         finally:
             self.policy.model.eval()
         return sums
+
+    def _passes(self, groups: Sequence[Group]) -> Iterator[list[Part]]:
+        """What goes through the policy together: ``training.update_rows`` rollouts, of one group or of several whole
+        ones.
+        """
+        for group in groups:
+            group.kl, group.shift = (torch.zeros(group.completions.mask.shape) for _ in range(2))
+        size = max((len(group) for group in groups), default=1)
+        rows = self.config.training.update_rows or size
+        together = max(1, rows // size)
+        for first in range(0, len(groups), together):
+            own = groups[first : first + together]
+            for start in range(0, size, rows):
+                yield [Part(group, slice(start, start + rows)) for group in own]
 
     def _apply(self, sums: dict[str, float]) -> dict[str, float]:
         """The optimiser step itself, unless loss or gradient is not finite; returns mean figures."""
@@ -347,22 +377,24 @@ class PureGRPOTrainer:
             sums[name] /= tokens
         return {**sums, "grad_norm": float(norm), "skipped": float(not good)}
 
-    def _part_loss(
-        self, group: Group, part: slice, size: int, sums: dict[str, float], *, first: bool, learn: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of some rows of a group (their share of the whole), and per token (rows, T), on the CPU, 0 on padding:
-        their KL, and how far training had moved their log-probabilities by the time they were sampled (nats).
+    def _pass_loss(
+        self, parts: Sequence[Part], size: int, sums: dict[str, float], *, first: bool, learn: bool
+    ) -> Tensor:
+        """Loss of one pass through the policy (its share of the whole step's).
+
+        Its groups are told, per token: their KL, and how far training had moved their log-probabilities by the time
+        they were sampled (nats); both 0 on padding.
         """
         objective = self.config.objective
-        rows = group.completions.rows(part)
         device = self.policy.device
-        mask, old = rows.mask.to(device), rows.logprobs.to(device)
-        advantages = group.advantages[part].to(device)
+        rows = [part.completions for part in parts]
+        mask, old = (stacked([getattr(one, name) for one in rows]).to(device) for name in ("mask", "logprobs"))
+        advantages = torch.cat([part.group.advantages[part.rows] for part in parts]).to(device)
         chunk = self.config.training.logit_chunk
         with torch.no_grad(), self.policy.reference():
-            reference, _ = self.policy.token_logprobs(rows, logit_chunk=chunk)
+            reference, _ = self.policy.token_logprobs(*rows, logit_chunk=chunk)
         with torch.set_grad_enabled(learn):
-            logprobs, entropies = self.policy.token_logprobs(rows, logit_chunk=chunk)
+            logprobs, entropies = self.policy.token_logprobs(*rows, logit_chunk=chunk)
             low, high = objective.clips
             policy = policy_loss(logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high)
             kl = kl_estimate(logprobs, reference, kind=objective.kl_estimator)
@@ -383,8 +415,13 @@ class PureGRPOTrainer:
             sums["entropy"] += float(entropies[mask].sum())
             sums["clip_low_fraction"] += float(clipped_low.sum())
             sums["clip_high_fraction"] += float(clipped_high.sum())
-            shift = torch.where(mask, old - reference, 0.0)  # over the same kept sets, so never infinite
-        return loss, torch.where(mask, kl, 0.0).detach().cpu(), shift.cpu()
+            shift = torch.where(mask, old - reference, 0.0).cpu()  # over the same kept sets, so never infinite
+            penalty = torch.where(mask, kl, 0.0).cpu()
+        for part, own_kl, own_shift in zip(
+            parts, *(t.split([len(r) for r in rows]) for t in (penalty, shift)), strict=True
+        ):
+            part.told(own_kl, own_shift)
+        return loss
 
     def _report_ratio(self, error: float) -> None:
         """Once a session: is the policy that is updated the one that sampled? The ratio must begin at 1."""

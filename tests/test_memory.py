@@ -429,7 +429,9 @@ def test_a_layer_saves_for_the_backward_pass_what_is_planned(
     ids = torch.full((rows, tail), 5)
     assert shared_prefix.prepare(model, torch.zeros(100, dtype=torch.bool))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        shared_prefix.hidden_states(model, torch.full((head,), 5), ids, torch.ones_like(ids, dtype=torch.bool))
+        shared_prefix.hidden_states(
+            model, [torch.full((head,), 5)], [rows], ids, torch.ones_like(ids, dtype=torch.bool)
+        )
     tokens, keys, pairs = head + rows * (tail - 1), head + rows * last, head**2 + rows * (tail - 1) * last
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved = sum(size for key, (size, _) in storages.items() if key not in weights)

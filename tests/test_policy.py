@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy import stats
 from torch import Tensor, nn
 from transformers import (
@@ -213,6 +214,70 @@ def test_a_rollout_depends_on_its_own_seed_alone(rebuilt: Rebuilt, prompts: list
         (turned,) = policy.sample([prompts[0].text], [[own[2], own[2], own[0]]])
     assert turned.texts == (group.texts[2], group.texts[2], group.texts[0])
     assert len(set(group.texts)) > 1
+
+
+def test_sampling_with_the_adapter_in_the_weights_gives_the_same_and_leaves_no_trace(
+    own_policy: OwnPolicy, prompts: list[Prompt], ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = own_policy()
+    disturb(policy)
+    weights = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    merged: list[bool] = []
+    inside = [layer for layer in policy.model.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def look() -> None:
+        merged.append(all(layer.merged for layer in inside))
+
+    def unchanged() -> bool:
+        now = policy.model.state_dict()
+        return all(torch.equal(now[name], value) for name, value in weights.items())
+
+    with ending(policy):
+        quick = sample(policy, prompts, poll=look)
+        assert all(merged) and unchanged()
+        with policy.reference():
+            untrained = sample(policy, prompts)
+        monkeypatch.setattr("grpo_engine.policy.MERGED_BYTES", 0)
+        merged.clear()
+        plain = sample(policy, prompts, poll=look)
+        assert not any(merged)
+        with policy.reference():
+            still = sample(policy, prompts)
+        monkeypatch.undo()
+        for one, other in zip(quick + untrained, plain + still, strict=True):
+            same_completions(one, other)
+        assert [group.texts for group in quick] != [group.texts for group in untrained]
+
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sample(policy, prompts, poll=stop)
+    assert unchanged() and not any(layer.merged or layer.disable_adapters for layer in inside)
+
+
+def test_completions_that_have_ended_leave_the_batch(
+    own_policy: OwnPolicy, base_of: BaseOf, prompts: list[Prompt], ending: Ending
+) -> None:
+    policy = own_policy()
+    rows: list[int] = []
+    layer = language_model(base_of(policy)).layers[0]  # type: ignore[union-attr,index]
+    handle = layer.register_forward_pre_hook(lambda _m, inputs: rows.append(inputs[0].shape[0]))  # type: ignore[union-attr]
+    with ending(policy):
+        groups = sample(policy, prompts, size=8)
+    handle.remove()
+    running = torch.stack([group.mask[:, 1:].sum(dim=0) for group in trimmed(groups)]).sum(dim=0)
+    decoding = rows[1:]
+    assert len(decoding) == len(running) and decoding == sorted(decoding, reverse=True)
+    assert decoding[-1] < decoding[0] == 8 * len(prompts)
+    for count, needed in zip(decoding, running.tolist(), strict=True):
+        assert needed <= count < needed / 0.75 + 1
+
+
+def trimmed(groups: list[Completions]) -> list[Completions]:
+    """The groups, all as wide as the widest."""
+    width = max(group.mask.shape[1] for group in groups)
+    return [replace(group, mask=nn.functional.pad(group.mask, (0, width - group.mask.shape[1]))) for group in groups]
 
 
 def test_vision_placeholders_are_never_sampled_however_likely(

@@ -69,12 +69,37 @@ def test_a_group_behind_one_prompt_is_the_group_in_sequences_of_their_own(
     mask = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
     expected = apart(model, prompt, rows)
     assert shared_prefix.prepare(model, ANY)
-    packed = shared_prefix.hidden_states(model, prompt, tokens, mask)
+    packed = shared_prefix.hidden_states(model, [prompt], [len(tokens)], tokens, mask)
     assert packed.shape == (*tokens.shape, 48)
     torch.testing.assert_close(packed[mask], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(apart(model, prompt, rows), expected, atol=0, rtol=0)  # without a layout as before
     weights = torch.randn(expected.shape, generator=generator)
     one, other = (gradient(model, (states * weights).sum()) for states in (packed[mask], expected))
+    assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@settings(max_examples=12, deadline=None)
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(1, 7), st.lists(st.integers(1, 6), min_size=1, max_size=3)), min_size=2, max_size=4
+    ),
+    seed=st.integers(0, 10_000),
+)
+def test_several_groups_together_are_each_group_by_itself(
+    models: dict[str, Any], family: str, groups: list[tuple[int, list[int]]], seed: int
+) -> None:
+    model, generator = models[family], torch.Generator().manual_seed(seed)
+    assert shared_prefix.prepare(model, ANY)
+    prompts = [torch.randint(3, 1000, (length,), generator=generator) for length, _ in groups]
+    rows = [[torch.randint(3, 1000, (n,), generator=generator) for n in lengths] for _, lengths in groups]
+    tokens = nn.utils.rnn.pad_sequence([row for group in rows for row in group], batch_first=True)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([n for _, lengths in groups for n in lengths])[:, None]
+    packed = shared_prefix.hidden_states(model, prompts, [len(group) for group in rows], tokens, mask)[mask]
+    expected = torch.cat([apart(model, prompt, group) for prompt, group in zip(prompts, rows, strict=True)])
+    torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
+    weights = torch.randn(expected.shape, generator=generator)
+    one, other = (gradient(model, (states * weights).sum()) for states in (packed, expected))
     assert float((one - other).norm()) <= 1e-5 * float(other.norm())
 
 

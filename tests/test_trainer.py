@@ -160,6 +160,26 @@ def test_the_order_of_the_groups_does_not_change_the_gradient() -> None:
     assert distance(gradient_of([], order=(1, 0)), gradient_of([], order=(0, 1))) < 1e-5
 
 
+def test_groups_that_go_through_the_policy_together_are_told_the_same_as_alone() -> None:
+    def told(rows: int) -> tuple[dict[str, float], Tensor, list[Group]]:
+        trained, _ = trainer(small(*UNCLIPPED, "training.batch_size=3", f"training.update_rows={rows}"))
+        groups = scored(trained)
+        perturb(trained)
+        groups[1].rewards = torch.ones(len(groups[1]))  # no spread: in the midst of those that have
+        trained.assign_advantages(groups)
+        return trained.update(groups, 1), gradients(trained), groups
+
+    figures, gradient, groups = told(0)
+    others, together, packed = told(3 * len(groups[0]))
+    assert others == pytest.approx(figures, rel=1e-3, abs=1e-6)
+    assert distance(together, gradient) < 1e-4
+    for one, other in zip(packed, groups, strict=True):
+        assert one.kl is not None and other.kl is not None and one.shift is not None and other.shift is not None
+        torch.testing.assert_close(one.kl, other.kl, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(one.shift, other.shift, atol=1e-4, rtol=0)
+        assert float(other.kl.max()) > 1e-3 and not one.kl[~one.completions.mask].any()
+
+
 def test_a_group_without_spread_is_left_out_of_the_backward_pass_but_counts_in_the_mean() -> None:
     both = gradient_of([], order=(0, 1), flat=[1])
     alone = gradient_of([], order=(0,))
