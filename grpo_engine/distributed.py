@@ -1,6 +1,6 @@
 """The world of ranks: the processes that train one policy together, each with devices of its own.
 
-Every rank holds the whole policy and takes whole groups of each step; gradients are summed over ranks before one
+Every rank holds the whole policy (or a share of it, see ``sharding.py``) and takes whole groups of each step; gradients are summed over ranks before one
 identical optimiser step on each. The loss of a group is already divided by the size of the whole step, so the sum
 is the gradient that one process would have. The first rank alone records.
 
@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -42,9 +41,11 @@ class World:
         size: how many ranks there are.
         local_rank: of this process on its machine, from 0.
         local_size: how many ranks this machine has.
+        before_exchange: called before ranks exchange anything; returns when all of them are about to.
     """
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    before_exchange: Callable[[], None] = staticmethod(lambda: None)
 
     @property
     def first(self) -> bool:
@@ -121,20 +122,23 @@ class Ranks(World):
 
     def gather(self, value: T) -> list[T]:
         """See :class:`World`."""
+        self.before_exchange()
         found: list[Any] = [None] * self.size
-        self._meet(dist.all_gather_object, found, value)
+        self.meet(dist.all_gather_object, found, value)
         return found
 
     def collect(self, items: Sequence[T]) -> list[T]:
         """See :class:`World`."""
+        self.before_exchange()
         found: list[Any] | None = [None] * self.size if self.first else None
-        self._meet(dist.gather_object, list(items), found)
+        self.meet(dist.gather_object, list(items), found)
         return [item for part in found for item in part] if found is not None else list(items)
 
     def decide(self, choose: Callable[[], T]) -> T:
         """See :class:`World`."""
+        self.before_exchange()
         chosen: list[Any] = [choose() if self.first else None]
-        self._meet(dist.broadcast_object_list, chosen)
+        self.meet(dist.broadcast_object_list, chosen)
         value: T = chosen[0]
         return value
 
@@ -148,13 +152,14 @@ class Ranks(World):
             if somewhere:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                self._meet(dist.all_reduce, parameter.grad, group=self._group_for(parameter.grad))
+                self.meet(dist.all_reduce, parameter.grad, group=self.group_on(parameter.grad.device))
 
     def align(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """See :class:`World`."""
+        self.before_exchange()
         for parameter in parameters:
             here = parameter.detach().cpu()
-            self._meet(dist.broadcast, here, 0)
+            self.meet(dist.broadcast, here, 0)
             with torch.no_grad():
                 parameter.copy_(here)
 
@@ -192,18 +197,29 @@ class Ranks(World):
         if self.watch.lost is None and self.first:
             dist.destroy_process_group()
 
-    def _group_for(self, tensor: Tensor) -> Any:
-        if tensor.device.type == "cpu":
-            return None
+    def agree(self, wanted: int) -> int:
+        """The largest number that any rank gives, on every rank."""
+        number = torch.tensor([wanted])
+        self.meet(dist.all_reduce, number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    def group_on(self, device: torch.device) -> Any:
+        """The ranks as they meet with tensors on ``device``, which is this rank's GPU or the CPU."""
+        if device.type == "cpu":
+            return dist.group.WORLD
         if self._gpu_group is None:
-            torch.cuda.set_device(tensor.device)
+            torch.cuda.set_device(device)
             self._gpu_group = dist.new_group(backend="nccl", timeout=UNLIMITED)
         return self._gpu_group
 
-    def _meet(self, exchange: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        """Do something that all ranks do at once."""
+    def meet(self, exchange: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Do something that all ranks do at once, without waiting for their turn.
+
+        Raises:
+            RankLost: a rank is missing.
+        """
         try:
-            exchange(*arguments, **named)
+            return exchange(*arguments, **named)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # torn connections
             raise self.watch.verdict(error) from error
 

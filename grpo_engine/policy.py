@@ -18,7 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import shared_prefix
+from .checkpoint import base_fingerprint
 from .config import PolicyModelConfig, SamplingConfig
+from .distributed import Ranks
 from .policy_family import (
     adapter_layers,
     end_tokens,
@@ -31,6 +33,7 @@ from .policy_family import (
 from .rollout import Completions, Picture
 from .sampler import chunked_logprobs, draw, draw_token, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
+from .sharding import SharedTurns, Turn, Turns, shard
 
 Poll = Callable[[], None]
 """Called often during long work; raises to stop it."""
@@ -50,6 +53,9 @@ class PureGRPOPolicy:
         sampling: temperature and truncation; also those of the log-probabilities.
         seed: of the adapter's initial weights.
         path: where the model came from, as the user wrote it.
+
+    Attributes:
+        fingerprint: see ``checkpoint.base_fingerprint``; empty = to be read off the weights, which are all here.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class PureGRPOPolicy:
     ) -> None:
         self.processor, self.config, self.sampling = processor, config, sampling
         self.processor_path = path
+        self.fingerprint = ""
+        self.turns = Turns()
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device: torch.device = next(model.parameters()).device
         self.end_tokens = end_tokens(model, self.tokenizer)
@@ -128,6 +136,17 @@ class PureGRPOPolicy:
         """The transformers model itself; its layers carry the adapter in place."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    def shard(self, world: Ranks, device: torch.device) -> None:
+        """Keep this rank's share of the weights, which are in the host's memory, on ``device``; see ``sharding.py``.
+
+        From now on every rank must use the policy for a pass of any to end, or exchange something through ``world``.
+        """
+        self.fingerprint = base_fingerprint(self)
+        shard(self._base, set(self.trainable().values()), world, device)
+        self.device, self.suppressed = device, self.suppressed.to(device)
+        self.turns = turns = SharedTurns(self._base, world.agree)
+        world.before_exchange = lambda: turns.take(Turn.MEET)
+
     # -- text --------------------------------------------------------------------------------------------
 
     def prompt_ids(self, prompt: str) -> Tensor:
@@ -183,6 +202,7 @@ class PureGRPOPolicy:
         positions = shaped(positions, self._rows)
         base, rows = self._base, len(prompts) * size
         poll()
+        self.turns.take(Turn.FORWARD)
         output = base.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
         cache.batch_repeat_interleave(size)
@@ -205,6 +225,7 @@ class PureGRPOPolicy:
             if not running.any() or step + 1 == limit:
                 break
             poll()
+            self.turns.take(Turn.FORWARD)
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             output = base.model(
                 input_ids=token.unsqueeze(1),
@@ -214,6 +235,7 @@ class PureGRPOPolicy:
                 use_cache=True,
             )
             hidden = output.last_hidden_state[:, -1]
+        self.turns.take(Turn.SETTLE)  # else the others would wait for this rank's pictures with rewrites half written
         all_tokens, all_masks = torch.stack(tokens, 1), torch.stack(masks, 1)
         all_logprobs, all_entropies = torch.stack(logprobs, 1), torch.stack(entropies, 1)
         all_kept = pad_kept(kept_sets) if kept_sets else None
@@ -294,13 +316,15 @@ class PureGRPOPolicy:
         Over the same kept sets that were sampled from. Logits are computed for completion tokens only, at most
         ``logit_chunk`` tokens at a time (0 = all at once). With ``share_prefix`` the prompt goes through the model
         once for the whole group (if the model can, see :func:`shared_prefix.prepare`), else once a row. Neither
-        changes the result or its gradient but by rounding.
+        changes the result or its gradient but by rounding. Where gradients are enabled the backward pass must be the
+        next that is done with the policy.
 
         Returns:
             float32 (G, T) and (G, T) on the policy's device, 0 on padding.
         """
         mask = completions.mask.to(self.device)
         tokens = completions.token_ids.to(self.device)
+        self.turns.take(Turn.LEARN if torch.is_grad_enabled() else Turn.FORWARD)
         if share_prefix and self.shares_prefix:
             prompt = completions.prompt_ids.to(self.device)
             hidden = shared_prefix.hidden_states(self._base, prompt, tokens, mask)
@@ -340,6 +364,7 @@ class PureGRPOPolicy:
             question = self.config.question.replace("{prompt}", prompt)
             text = self._chat_text([{"type": "image"}, {"type": "text", "text": question}])
             inputs = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.device)
+            self.turns.take(Turn.FORWARD)
             hidden = self._base.model(**inputs).last_hidden_state[:, -1]
             forget_pictures(self._base)  # the offset of this picture must not reach text-only calls
             logits = self._base.lm_head(hidden).float()[0]

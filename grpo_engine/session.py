@@ -40,6 +40,7 @@ from .placement import Placement, apply_threads, resolve, resolve_cell
 from .prompts import Prompt, PromptSet
 from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
+from .sharding import held
 from .store import Store, StoreError
 from .store.recorder import StoreRecorder
 from .store.rows import ENDINGS
@@ -54,14 +55,23 @@ AnyRecorder = StoreRecorder | Unrecorded
 class Plan:
     """What a run needs, checked before any model loads.
 
+    Args:
+        whole: a single rank may hold the whole policy, whatever ``placement.shard_policy`` says: what it goes on with or
+            looks at was begun by several.
+
     Raises:
         ConfigError: prompts, devices or sizes that can't work, or models that don't fit there; one sentence.
 
     ``config`` is the one given, with numbers in the place of what the machine decides.
     """
 
-    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+    def __init__(self, config: RunConfig, world: World = ALONE, *, whole: bool = False) -> None:
         self.config = config
+        if config.placement.shard_policy and world.size == 1 and not whole:
+            raise ConfigError(
+                "placement.shard_policy is true, but a single rank has nobody to share its policy with; start several "
+                "with 'torchrun --nproc-per-node 2 -m grpo_engine train', or set it to false."
+            )
         check_trackers(config.recording.trackers)
         if config.training.batch_size % world.size:
             raise ConfigError(
@@ -222,10 +232,12 @@ class Session:
     # -- the states --------------------------------------------------------------------------------------
 
     def _run(self, recorder: AnyRecorder, resuming: bool) -> None:
-        plan = self.world.together(lambda: Plan(self.config, self.world))
+        plan = self.world.together(lambda: Plan(self.config, self.world, whole=resuming))
         chosen, self.config = self.config, plan.config
         apply_threads(self.config)
-        environment = self.loaded or load_environment(self.config, plan.placement, self._heard(recorder))
+        environment = self.loaded or load_environment(
+            self.config, plan.placement, self._heard(recorder), self.world
+        )
         self.control.poll()
         for rank, devices in enumerate(self.world.gather(plan.placement.describe())):
             recorder.event("placement", devices if self.world.size == 1 else f"rank {rank}: {devices}")
@@ -243,6 +255,9 @@ class Session:
             recorder.event(
                 "adapter", f"LoRA on {len(policy.adapted_layers)} layers of the language model, {count:,} parameters."
             )
+        if self.config.placement.shard_policy and self.world.size > 1:
+            here, everything = (size / 1e6 for size in held(policy.model))
+            recorder.event("sharding", f"This rank holds {here:,.1f} of the policy's {everything:,.1f} MB of weights.")
         judge = make_judge(self.config.evaluation.judge, plan.test, policy)
         evaluator = Evaluator(environment, judge, self.world.share(plan.test), self.config)
         trainer = PureGRPOTrainer(
@@ -435,7 +450,7 @@ def evaluate_run(store: Store, run_id: str, which: Any = "last", prompts: str = 
     config = RunConfig.parse(store.run(run_id).config)
     if prompts:
         config = RunConfig.parse(config.model_dump() | {"data": config.data.model_dump() | {"prompts": prompts}})
-    plan = Plan(config)
+    plan = Plan(config, whole=True)
     config = plan.config
     found = find_checkpoint(store.run_dir(run_id), which)
     apply_threads(config)
