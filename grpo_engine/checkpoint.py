@@ -307,8 +307,6 @@ def base_fingerprint(policy: SavedPolicy) -> str:
     Covers the frozen weights that quantization leaves alone (vectors, and the token embedding), each by name,
     shape and up to 4096 evenly spaced values rounded to bfloat16.
     """
-    if known := getattr(policy, "fingerprint", ""):  # read before its weights were shared out over ranks
-        return str(known)
     trained = {id(parameter) for parameter in policy.trainable().values()}
     embedding = policy.model.get_input_embeddings().weight
     digest = hashlib.sha256()

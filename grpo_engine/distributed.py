@@ -1,8 +1,9 @@
 """The world of ranks: the processes that train one policy together, each with devices of its own.
 
-Every rank holds the whole policy (or a share of it, see ``sharding.py``) and takes whole groups of each step; gradients are summed over ranks before one
-identical optimiser step on each. The loss of a group is already divided by the size of the whole step, so the sum
-is the gradient that one process would have. The first rank alone records.
+Every rank holds the whole policy, or with ``placement.shard_policy`` a share of it (``sharding.py``), and takes whole
+groups of each step; gradients are summed over ranks before one identical optimiser step on each. The loss of a group is
+already divided by the size of the whole step, so the sum is the gradient that one process would have. The first rank
+alone records.
 
 A launcher (torchrun, or accelerate launch, which uses it) starts the ranks and tells them who they are through
 the environment. Without one there is a single rank, and nothing here costs anything.

@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import shared_prefix
-from .checkpoint import base_fingerprint
 from .config import PolicyModelConfig, SamplingConfig
 from .distributed import Ranks
 from .policy_family import (
@@ -33,7 +32,7 @@ from .policy_family import (
 from .rollout import Completions, Picture
 from .sampler import chunked_logprobs, draw, draw_token, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
-from .sharding import SharedTurns, Turn, Turns, shard
+from .sharding import Turn, Turns, shard
 
 Poll = Callable[[], None]
 """Called often during long work; raises to stop it."""
@@ -53,9 +52,6 @@ class PureGRPOPolicy:
         sampling: temperature and truncation; also those of the log-probabilities.
         seed: of the adapter's initial weights.
         path: where the model came from, as the user wrote it.
-
-    Attributes:
-        fingerprint: see ``checkpoint.base_fingerprint``; empty = to be read off the weights, which are all here.
     """
 
     def __init__(
@@ -70,7 +66,6 @@ class PureGRPOPolicy:
     ) -> None:
         self.processor, self.config, self.sampling = processor, config, sampling
         self.processor_path = path
-        self.fingerprint = ""
         self.turns = Turns()
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device: torch.device = next(model.parameters()).device
@@ -141,11 +136,8 @@ class PureGRPOPolicy:
 
         From now on every rank must use the policy for a pass of any to end, or exchange something through ``world``.
         """
-        self.fingerprint = base_fingerprint(self)
-        shard(self._base, set(self.trainable().values()), world, device)
+        self.turns = shard(self._base, set(self.trainable().values()), world, device)
         self.device, self.suppressed = device, self.suppressed.to(device)
-        self.turns = turns = SharedTurns(self._base, world.agree)
-        world.before_exchange = lambda: turns.take(Turn.MEET)
 
     # -- text --------------------------------------------------------------------------------------------
 

@@ -56,8 +56,8 @@ class Plan:
     """What a run needs, checked before any model loads.
 
     Args:
-        whole: a single rank may hold the whole policy, whatever ``placement.shard_policy`` says: what it goes on with or
-            looks at was begun by several.
+        whole: a single rank may hold the whole policy, whatever ``placement.shard_policy`` says: it goes on with, or
+            looks at, what several began.
 
     Raises:
         ConfigError: prompts, devices or sizes that can't work, or models that don't fit there; one sentence.
@@ -129,7 +129,7 @@ class Plan:
         if world.size > 1:  # a rank holds its share of each step
             share = config.training.batch_size // world.size
             own = changed_settings(config, {"training.batch_size": share, "training.minibatches": 1})
-        self.memory = plan_memory(own, self.placement, prompts=texts, ranks=world.local_size)
+        self.memory = plan_memory(own, self.placement, prompts=texts, ranks=world.local_size, sharers=world.size)
         self.memory.require()
         if not config.models.image.batch_size:
             self.config = changed_settings(config, {"models.image.batch_size": self.memory.image_batch})
@@ -235,9 +235,7 @@ class Session:
         plan = self.world.together(lambda: Plan(self.config, self.world, whole=resuming))
         chosen, self.config = self.config, plan.config
         apply_threads(self.config)
-        environment = self.loaded or load_environment(
-            self.config, plan.placement, self._heard(recorder), self.world
-        )
+        environment = self.loaded or load_environment(self.config, plan.placement, self._heard(recorder), self.world)
         self.control.poll()
         for rank, devices in enumerate(self.world.gather(plan.placement.describe())):
             recorder.event("placement", devices if self.world.size == 1 else f"rank {rank}: {devices}")

@@ -2,9 +2,9 @@
 
 A layer is put together from all ranks just before it computes, and dropped again behind it, forwards and backwards;
 so a device holds its share and a layer or two, never the whole policy. Shared are the matrices of the language model's
-layers, and the token embedding unless the output layer is the same matrix. Whole on every rank stay the adapter (which
-is all that training changes, so optimiser and checkpoints know nothing of this), vectors, the output layer, and the
-vision tower. The whole policy is read into the host's memory and sharded from there, layer by layer.
+layers. Whole on every rank stay the adapter (which is all that training changes, so optimiser and checkpoints know
+nothing of this), vectors, token embedding and output layer, and the vision tower. The whole policy is read into the
+host's memory and sharded from there, layer by layer.
 
 To put a layer together takes all ranks at once. So every pass through the policy is made by all of them, in turns: a
 rank that wants one says so, and who has none to make at that moment makes an empty pass, of a single token, with it.
@@ -31,7 +31,7 @@ from .policy_family import language_model, position_rows, shaped
 
 
 class Turn(IntEnum):
-    """What a rank wants to do next. The largest that any rank wants is done, by all that want it; see :class:`Turns`."""
+    """What a rank wants to do next. The largest that any rank wants is done next, by those that want it."""
 
     MEET = 0  # exchange something: once all ranks want that
     SETTLE = 1  # go on to work without the policy: once no rank wants a pass
@@ -47,23 +47,29 @@ class Turns:
 
 
 class SharedTurns(Turns):
-    """Keeps the passes of several ranks through a sharded model in step.
+    """Keeps the passes of several ranks through one sharded model in step.
 
     Args:
-        model: as :func:`shard` left it.
         agree: the largest number that any rank gives, on every rank.
+        go_along: makes an empty pass.
+        settled: called after :attr:`Turn.SETTLE`.
     """
 
-    def __init__(self, model: Any, agree: Callable[[int], int]) -> None:
-        self._model, self._agree = model, agree
+    def __init__(
+        self,
+        agree: Callable[[int], int],
+        go_along: Callable[[Turn], None],
+        settled: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._agree, self._go_along, self._settled = agree, go_along, settled
 
     def take(self, wanted: Turn) -> None:
         """See :class:`Turns`. Until then it goes along with the passes of other ranks."""
         while (turn := Turn(self._agree(wanted))) != wanted:
             if turn > Turn.SETTLE:
-                empty_pass(self._model, learn=turn == Turn.LEARN)
+                self._go_along(turn)
         if wanted == Turn.SETTLE:
-            self._model.model.reset_iter_state()  # or FSDP remembers the order of layers of every pass without gradient
+            self._settled()
 
 
 def empty_pass(model: Any, *, learn: bool) -> None:
@@ -87,7 +93,7 @@ def empty_pass(model: Any, *, learn: bool) -> None:
                 use_cache=False,
             )
             if learn:
-                output.last_hidden_state.sum().backward(inputs=first)
+                torch.autograd.backward(output.last_hidden_state.sum(), inputs=first)
     finally:
         handle.remove()
         model.train(training)
@@ -112,8 +118,10 @@ class _AllGather:
         return work
 
 
-def shard(model: Any, trained: set[nn.Parameter], world: Ranks, device: torch.device) -> None:
+def shard(model: Any, trained: set[nn.Parameter], world: Ranks, device: torch.device) -> Turns:
     """Leave of ``model``, whose weights are in the host's memory, this rank's share on ``device``.
+
+    Returns the turns in which it must be used from now on, as ``world`` does before ranks exchange anything.
 
     Args:
         model: a transformers model with its head; its layers may carry an adapter.
@@ -130,23 +138,28 @@ def shard(model: Any, trained: set[nn.Parameter], world: Ranks, device: torch.de
             "to false, or use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL policy."
         )
     mesh = DeviceMesh.from_group(world.group_on(device), device.type)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    units = [*layers] if head.weight is embedding.weight else [embedding, *layers]
-    for unit in units:
-        whole = {parameter for parameter in unit.parameters() if parameter in trained or parameter.ndim < 2}
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    if units[0] is embedding:
-        embedding.set_unshard_in_backward(False)  # it is not trained
-    for index, layer in enumerate(layers):  # else guessed from passes before, which need not be the same on all ranks
-        layer.set_modules_to_backward_prefetch([layers[max(0, index - 1)]])
-    # The whole has no weights of its own to gather: it is what knows in which order the layers follow.
+    units: list[Any] = list(layers)
+    for layer in units:
+        whole = {parameter for parameter in layer.parameters() if parameter in trained or parameter.ndim < 2}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    for index, layer in enumerate(units):  # else guessed from passes before, which need not be the same on all ranks
+        layer.set_modules_to_backward_prefetch([units[max(0, index - 1)]])
+    # The model around them has nothing of its own to gather, but makes one whole of them.
     rest = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(model.model, mesh=mesh, ignored_params=rest)
     for tensor in (*rest, *model.buffers()):
         tensor.data = tensor.data.to(device)
+    gather: Any = _AllGather(world)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_AllGather(world))
+            module.set_custom_all_gather(gather)
+    turns = SharedTurns(
+        world.agree,
+        lambda turn: empty_pass(model, learn=turn == Turn.LEARN),
+        model.model.reset_iter_state,  # else FSDP remembers the layers of every pass without a gradient
+    )
+    world.before_exchange = lambda: turns.take(Turn.MEET)
+    return turns
 
 
 def held(model: nn.Module) -> tuple[int, int]:
