@@ -493,12 +493,6 @@ class RunConfig(Section):
                 "placement.shard_policy is true, but models.policy.quantize is '4bit', and weights of 4 bits can't be "
                 "shared out over ranks; set models.policy.quantize to 'none', or placement.shard_policy to false"
             )
-        if self.placement.shard_policy and self.models.policy.adapter == "full":
-            raise ValueError(
-                "placement.shard_policy is true, but models.policy.adapter is 'full', and only weights that are not "
-                "trained can be shared out over ranks; set models.policy.adapter to 'lora', or placement.shard_policy "
-                "to false"
-            )
         if not self.evaluation.greedy and self.evaluation.samples == 0:
             raise ValueError("evaluation measures nothing: set evaluation.greedy or evaluation.samples above 0")
         if self.evaluation.samples > self.evaluation.images_per_prompt:

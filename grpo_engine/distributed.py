@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from .config import ConfigError
 from .control import RunControl
@@ -73,8 +74,8 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over ranks; a weight without one on every rank keeps none."""
 
-    def align(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Give every rank the first one's weights and optimiser state, bit for bit."""
+    def align(self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Give every rank the first one's weights and optimiser state, bit for bit, except of weights shared out."""
 
     def obey(self, control: RunControl, stuck: Callable[[str], None] = lambda sentence: None) -> None:
         """Pass signals to any rank on to ``control`` as a stop, and the loss of a rank as an error to raise.
@@ -145,7 +146,9 @@ class Ranks(World):
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """See :class:`World`."""
-        every = list(parameters)
+        every = [
+            parameter for parameter in parameters if not isinstance(parameter, DTensor)
+        ]  # those are summed already
         # A rank whose groups all lack spread has made no backward pass. That everybody answers here also means
         # that nobody is missing when the GPUs begin to wait for each other.
         present = self.gather([parameter.grad is not None for parameter in every])
@@ -155,18 +158,24 @@ class Ranks(World):
                     parameter.grad = torch.zeros_like(parameter)
                 self.meet(dist.all_reduce, parameter.grad, group=self.group_on(parameter.grad.device))
 
-    def align(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def align(self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """See :class:`World`."""
         self.before_exchange()
+        own = {id(parameter) for parameter in parameters if isinstance(parameter, DTensor)}  # see sharding.spread
         for parameter in parameters:
+            if id(parameter) in own:
+                continue
             here = parameter.detach().cpu()
             self.meet(dist.broadcast, here, 0)
             with torch.no_grad():
                 parameter.copy_(here)
 
         def packed() -> bytes:
-            buffer = io.BytesIO()
-            torch.save(optimizer.state_dict(), buffer)
+            buffer, shared = io.BytesIO(), optimizer.state_dict()
+            every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index in [index for index in shared["state"] if id(every[index]) in own]:
+                del shared["state"][index]
+            torch.save(shared, buffer)
             return buffer.getvalue()
 
         state = self.decide(packed)

@@ -96,8 +96,9 @@ def policy_needs(
         layers = size.packable * dtype.itemsize
         own = (weights.bytes or 0) - layers + layers // sharers
         weights = replace(weights, what=f"{weights.what}, 1/{sharers} of every layer", bytes=own)
-        # At work, together with what it is put together from, beside the next one on its way.
-        gathered = [_estimate("policy", "layers put together to compute with", GATHERED * layers / size.layers)]
+        # At work, together with what it is put together from, beside the next one on its way; gradients twice too.
+        copies = GATHERED + 2 * (settings.adapter == "full")
+        gathered = [_estimate("policy", "layers put together to compute with", copies * layers / size.layers)]
     if settings.adapter == "lora":
         state = WIDE * size.adapter(settings.lora.rank, settings.lora.targets)  # peft keeps adapters in float32
         stays = [weights, Item("policy", "adapter, its gradients and AdamW's two moments", 4 * state, "exact")]
@@ -105,7 +106,8 @@ def policy_needs(
             layer = size.hidden * size.intermediate * dtype.itemsize
             stays.append(_estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
     else:
-        state = dtype.itemsize * (size.weights.elements - size.vision)
+        state = dtype.itemsize * (size.weights.elements - size.vision - size.packable + size.packable // sharers)
+        through_host += size.weights.bytes(dtype) if sharers > 1 else 0  # the untouched copy is made there
         stays = [
             weights,
             replace(weights, what="untouched copy, the reference policy"),
@@ -122,7 +124,7 @@ def policy_needs(
     if asked and size.pixels_per_token:
         phases.append(_judging(config, size, dtype.itemsize, head))
     if device.type == "cpu" and sharers > 1:
-        phases.append([_estimate("policy", "all its weights, converted before they are shared out", through_host)])
+        phases.append([_estimate("policy", "whole, before it is shared out", through_host)])
     return Needs("policy", stays, phases, through_host)
 
 

@@ -32,7 +32,8 @@ from .policy_family import (
 from .rollout import Completions, Picture
 from .sampler import chunked_logprobs, draw, draw_token, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
-from .sharding import Turn, Turns, shard
+from .sharding import share_out
+from .turns import Turn, Turns
 
 Poll = Callable[[], None]
 """Called often during long work; raises to stop it."""
@@ -136,8 +137,14 @@ class PureGRPOPolicy:
 
         From now on every rank must use the policy for a pass of any to end, or exchange something through ``world``.
         """
-        self.turns = shard(self._base, set(self.trainable().values()), world, device)
+        adapter = set(self.trainable().values()) if self._full_reference is None else set()
+        self.turns = share_out(self._base, self._full_reference, adapter, world, device)
         self.device, self.suppressed = device, self.suppressed.to(device)
+
+    def _take_turn(self, *, learn: bool = False) -> None:
+        """Wait until the ranks that share the policy make a pass together; it must follow at once."""
+        forward = Turn.REFERENCE if self.model is self._full_reference else Turn.FORWARD
+        self.turns.take(Turn.LEARN if learn else forward)
 
     # -- text --------------------------------------------------------------------------------------------
 
@@ -194,7 +201,7 @@ class PureGRPOPolicy:
         positions = shaped(positions, self._rows)
         base, rows = self._base, len(prompts) * size
         poll()
-        self.turns.take(Turn.FORWARD)
+        self._take_turn()
         output = base.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
         cache.batch_repeat_interleave(size)
@@ -217,7 +224,7 @@ class PureGRPOPolicy:
             if not running.any() or step + 1 == limit:
                 break
             poll()
-            self.turns.take(Turn.FORWARD)
+            self._take_turn()
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             output = base.model(
                 input_ids=token.unsqueeze(1),
@@ -316,7 +323,7 @@ class PureGRPOPolicy:
         """
         mask = completions.mask.to(self.device)
         tokens = completions.token_ids.to(self.device)
-        self.turns.take(Turn.LEARN if torch.is_grad_enabled() else Turn.FORWARD)
+        self._take_turn(learn=torch.is_grad_enabled())
         if share_prefix and self.shares_prefix:
             prompt = completions.prompt_ids.to(self.device)
             hidden = shared_prefix.hidden_states(self._base, prompt, tokens, mask)
@@ -356,7 +363,7 @@ class PureGRPOPolicy:
             question = self.config.question.replace("{prompt}", prompt)
             text = self._chat_text([{"type": "image"}, {"type": "text", "text": question}])
             inputs = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.device)
-            self.turns.take(Turn.FORWARD)
+            self._take_turn()
             hidden = self._base.model(**inputs).last_hidden_state[:, -1]
             forget_pictures(self._base)  # the offset of this picture must not reach text-only calls
             logits = self._base.lm_head(hidden).float()[0]

@@ -17,6 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
 from .checkpoint import (
     CheckpointError,
     CheckpointState,
@@ -30,7 +34,7 @@ from .checkpoint import (
 )
 from .config import ConfigError, RunConfig
 from .control import RunControl, StopRequested
-from .distributed import ALONE, RankLost, World
+from .distributed import ALONE, RankLost, Ranks, World
 from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
 from .judge import make_judge
@@ -40,12 +44,13 @@ from .placement import Placement, apply_threads, resolve, resolve_cell
 from .prompts import Prompt, PromptSet
 from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
-from .sharding import held
+from .sharding import collect, held, shared_out, spread
 from .store import Store, StoreError
 from .store.recorder import StoreRecorder
 from .store.rows import ENDINGS
 from .trackers import TrackedRecorder, check_trackers
 from .trainer import PureGRPOTrainer, TrainingFailed
+from .turns import SharedTurns, Turn
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +165,7 @@ class Session:
         self.folder: Path = store.run_dir(run_id)
         self._metrics: dict[str, float | None] = {}  # of the last step
         self._saving: Future[None] | None = None
+        self._loaded: dict[int, Tensor] = {}  # weights of a checkpoint that wait to be shared out
 
     def run(self) -> str:
         """Execute the run to its end; returns the final state.
@@ -264,6 +270,8 @@ class Session:
             judge=judge if all("request" in prompt.meta for prompt in plan.train) else None,
             world=self.world,
         )  # fmt: skip
+        if isinstance(policy.turns, SharedTurns):
+            policy.turns.go_along[Turn.COLLECT] = lambda: collect(trainer.parameters, trainer.optimizer, keep=False)
         if resuming:
             self.world.decide(lambda: self._restore(trainer, recorder))
         self._align(trainer)
@@ -293,6 +301,9 @@ class Session:
         """Every rank begins where the first one stands."""
         trainer.step, trainer.bad_steps = self.world.decide(lambda: (trainer.step, trainer.bad_steps))
         self.world.align(trainer.parameters, trainer.optimizer)
+        if isinstance(self.world, Ranks):
+            spread(self.world, trainer.parameters, trainer.optimizer, self._loaded)
+        self._loaded = {}
 
     def _restore(self, trainer: PureGRPOTrainer, recorder: AnyRecorder) -> None:
         """Put the trainer where the last checkpoint was, and the store too; without one, begin anew."""
@@ -301,12 +312,19 @@ class Session:
             found = find_checkpoint(self.folder, "last")
             if found.note:
                 recorder.event("warning", found.note)
-            state = load_checkpoint(found.path, trainer.policy, trainer.optimizer)
+            state = load_checkpoint(found.path, trainer.policy, trainer.optimizer, self._put)
             self._metrics = state.metrics
             trainer.go_on(state.step, int(state.extra.get("bad_steps", 0)), read_rollouts(state))
         recorder.flush()
         self.store.truncate_after(self.run_id, trainer.step)
         recorder.event("resumed", f"Continuing after step {trainer.step}.")
+
+    def _put(self, parameter: Parameter, saved: Tensor) -> None:
+        """Set a weight to what was saved of it; one that is shared out is set on all ranks, by :meth:`_align`."""
+        if isinstance(parameter, DTensor):
+            self._loaded[id(parameter)] = saved
+        else:
+            parameter.copy_(saved)
 
     def _after_step(
         self,
@@ -345,6 +363,10 @@ class Session:
     def _save(self, trainer: PureGRPOTrainer, recorder: AnyRecorder, metrics: dict[str, float | None]) -> None:
         """A checkpoint of this moment, written while training goes on; at most one is being written at a time."""
         self._saved()
+        together: dict[int, Tensor] = {}
+        if shared_out(trainer.parameters):  # the other ranks go along as soon as they come to their next turn
+            trainer.policy.turns.take(Turn.COLLECT)
+            together = collect(trainer.parameters, trainer.optimizer, keep=True)
         snapshot = take_snapshot(
             policy=trainer.policy,
             optimizer=trainer.optimizer,
@@ -353,6 +375,7 @@ class Session:
             metrics=metrics,
             extra={"bad_steps": trainer.bad_steps},
             rollouts=[group.completions for group in trainer.ahead],
+            together=together,
         )
         self._saving = self._saver.submit(self._write, snapshot, recorder)
 
@@ -414,7 +437,7 @@ class Companion(Session):
 
     def __init__(self, world: World, control: RunControl) -> None:
         self.world, self.control, self.loaded = world, control, None
-        self._metrics = {}
+        self._metrics, self._loaded = {}, {}
 
     def run(self) -> str:
         """Learn from the first rank which run it is and go along to its end. What goes wrong here is raised."""

@@ -35,6 +35,7 @@ from .prompts import Prompt
 from .recorder import Recorder
 from .rollout import Completions, Group
 from .seeding import derive_seed, numpy_generator, seeded_initialization
+from .sharding import clip_gradients
 from .stream import GroupStream
 
 RATIO_TOLERANCE = 1e-4
@@ -336,7 +337,7 @@ class PureGRPOTrainer:
         """The optimiser step itself, unless loss or gradient is not finite; returns mean figures."""
         self.world.sum_gradients(self.parameters)
         sums = self.world.sum_figures(sums, largest=("ratio_error",))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)
+        norm = clip_gradients(self.parameters, self.config.training.max_grad_norm, self.world)
         good = bool(torch.isfinite(norm)) and math.isfinite(sums["total_loss"])
         if good:
             self.optimizer.step()

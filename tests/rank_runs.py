@@ -113,9 +113,14 @@ class Done:
 
 
 def learned(done: Done) -> torch.Tensor:
-    """The adapter's matrices that began as zeros, at the last checkpoint, as one vector."""
-    folder = done.store.run_dir(done.run) / "checkpoints" / f"step-{STEPS:06d}"
-    weights = load_file(folder / "adapter_model.safetensors")
+    """What training changed until the last checkpoint, as one vector: the adapter's matrices that began as zeros, or
+    all weights since the checkpoint before.
+    """
+    last, before = (done.store.run_dir(done.run) / "checkpoints" / f"step-{step:06d}" for step in (STEPS, STEPS - 1))
+    if (last / "trainable.safetensors").exists():
+        weights, others = (load_file(folder / "trainable.safetensors") for folder in (last, before))
+        return torch.cat([(weights[name] - others[name]).flatten() for name in sorted(weights)])
+    weights = load_file(last / "adapter_model.safetensors")
     return torch.cat([weights[name].flatten() for name in sorted(weights) if "lora_B" in name])
 
 

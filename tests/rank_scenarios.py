@@ -18,7 +18,7 @@ import torch
 from grpo_engine.config import ConfigError
 from grpo_engine.control import RunControl, StopRequested
 from grpo_engine.distributed import RankLost, Ranks, join
-from grpo_engine.sharding import SharedTurns, Turn
+from grpo_engine.turns import SharedTurns, Turn
 
 
 def together(world: Ranks) -> dict[str, Any]:
@@ -189,10 +189,58 @@ def shares(world: Ranks) -> dict[str, Any]:
     return {"ranks": world.gather(mine)}
 
 
+def trained_shares(world: Ranks) -> dict[str, Any]:
+    """Two steps of a policy all of whose weights are trained, shared out and not; the second rank learns nothing."""
+    from engine_runs import small
+
+    from grpo_engine.loading import load_environment
+    from grpo_engine.memory import changed_settings
+    from grpo_engine.sharding import clip_gradients, collect, held, shared_out
+
+    torch.set_num_threads(1)
+    config = small("models.policy.adapter=full", "models.policy.gradient_checkpointing=true")
+    whole = load_environment(config).policy
+    own = load_environment(changed_settings(config, {"placement.shard_policy": True}), world=world).policy
+    prompts = ["a red ring", "two blue squares on green"]
+    groups = whole.sample(prompts, [[1, 2], [3, 4]])
+    trained = [list(policy.trainable().values()) for policy in (own, whole)]
+    optimizers = [torch.optim.AdamW(parameters, lr=1e-4) for parameters in trained]
+    norms: list[float] = []
+    for _ in range(2):
+        for policy, parameters, optimizer in zip((own, whole), trained, optimizers, strict=True):
+            optimizer.zero_grad()
+            for group in world.share(groups):
+                with torch.no_grad(), policy.reference():
+                    before, _ = policy.token_logprobs(group)
+                if world.first:
+                    logprobs, entropies = policy.token_logprobs(group)
+                    (logprobs.exp().sum() + entropies.sum() + (logprobs - before).square().sum()).backward()
+            world.sum_gradients(parameters)
+            norms.append(float(clip_gradients(parameters, 0.5, world)))
+            optimizer.step()
+    world.gather(None)
+    there = collect(trained[0], optimizers[0], keep=True)
+    far = {"weights": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+    for mine, other in zip(*trained, strict=True):
+        pairs = {"weights": (mine, other)}
+        pairs |= {name: (optimizers[0].state[mine][name], optimizers[1].state[other][name]) for name in list(far)[1:]}
+        for name, (share, expected) in pairs.items():
+            difference = there.get(id(share), share.detach()) - expected.detach()
+            far[name] = max(far[name], float(difference.abs().max()) / float(expected.detach().abs().max()))
+    found = {
+        "bytes": held(own.model)[0],
+        "whole_bytes": held(whole.model)[0],
+        "norms": norms,
+        "far": far,
+        "shared": len(shared_out(trained[0])),
+    }
+    return {"ranks": world.gather(found)}
+
+
 def turns(world: Ranks) -> dict[str, Any]:
     """Ranks that want different passes, and then all want to exchange something."""
     passes: list[str] = []
-    order = SharedTurns(world.agree, lambda turn: passes.append(turn.name.lower()))
+    order = SharedTurns(world.agree, {turn: lambda turn=turn: passes.append(turn.name.lower()) for turn in Turn})
     world.before_exchange = lambda: order.take(Turn.MEET)
     own: list[str] = []
     for turn in ([Turn.LEARN, Turn.FORWARD, Turn.SETTLE], [Turn.FORWARD] * 3 + [Turn.SETTLE], [])[world.rank]:
@@ -204,7 +252,8 @@ def turns(world: Ranks) -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Callable[[Ranks], dict[str, Any]]] = {
-    action.__name__: action for action in (together, death, death_in_exchange, stuck, failure, stop, shares, turns)
+    action.__name__: action
+    for action in (together, death, death_in_exchange, stuck, failure, stop, shares, trained_shares, turns)
 }
 
 

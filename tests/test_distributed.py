@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from engine_runs import StopAtPoll, flags, small, wait_until
-from rank_runs import ACCELERATE, SETTINGS, STEPS, TORCHRUN, Done, assert_alike, carry, play, start
+from rank_runs import ACCELERATE, SETTINGS, TORCHRUN, Done, assert_alike, carry, play, start
 
 from grpo_engine.config import ROOT, ConfigError
 from grpo_engine.distributed import ALONE, World
@@ -211,6 +211,20 @@ def test_ranks_with_a_share_each_compute_what_a_whole_policy_does() -> None:
     assert ranks[1]["answers"] == ranks[1]["whole_answers"]
 
 
+def test_ranks_train_their_shares_of_all_weights_as_one_does_the_whole() -> None:
+    outcome = play("trained_shares")
+    assert outcome.codes == [0, 0]
+    size = policy_size(small().models.policy.path)
+    assert size is not None
+    for rank in outcome.found["ranks"]:
+        assert rank["bytes"] == rank["whole_bytes"] - 4 * size.packable // 2
+        assert rank["shared"] == 7 * size.layers
+        shared, whole = rank["norms"][::2], rank["norms"][1::2]
+        assert shared == pytest.approx(whole, rel=1e-5)
+        assert min(whole) > 0.5, "else nothing is clipped"
+        assert max(rank["far"].values()) < 1e-4
+
+
 def test_no_rank_exchanges_anything_before_the_others_have_come_to_it() -> None:
     outcome = play("turns", size=3)
     assert outcome.codes == [0, 0, 0]
@@ -222,42 +236,13 @@ def test_no_rank_exchanges_anything_before_the_others_have_come_to_it() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks_with_a_share_each_make_the_run_that_one_process_makes(single: Done, tmp_path: Path) -> None:
-    code, output = carry(TORCHRUN, "train", "--db", tmp_path / "runs.db", *flags(*SETTINGS, SHARED))
-    assert code == 0, output
-    with Store(tmp_path / "runs.db") as store:
-        (run,) = store.runs()
-        assert_alike(single, Done(store, run.id))
-        (told,) = [event.message for event in store.events(run.id, limit=None) if event.kind == "sharding"]
-        here, whole = (float(number) for number in re.findall(r"[\d.]+", told)[:2])
-        assert here < whole
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_of_shares_that_was_stopped_goes_on_in_one_process(single: Done, tmp_path: Path) -> None:
+def test_a_run_of_shares_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in_one_process(
+    single: Done, tmp_path: Path
+) -> None:
     with Store(tmp_path / "runs.db") as store:
         with start(TORCHRUN, "train", "--db", store.path, *flags(*SETTINGS, SHARED)) as launcher:
             try:
-                wait_until(lambda: any(run.step for run in store.runs()), 250)
-                launcher.send_signal(signal.SIGINT)
-                output, _ = launcher.communicate(timeout=60)
-            finally:
-                launcher.kill()
-        (run,) = store.runs()
-        assert run.state == "stopped", output
-        assert 1 <= run.step < STEPS
-        assert execute(store, run.id) == "finished", store.run(run.id).error
-        assert_alike(single, Done(store, run.id))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_of_shares_whose_rank_is_killed_fails_in_a_sentence(tmp_path: Path) -> None:
-    with Store(tmp_path / "runs.db") as store:
-        with start(TORCHRUN, "train", "--db", store.path, *flags(*SETTINGS, SHARED)) as launcher:
-            try:
-                wait_until(lambda: any(run.step for run in store.runs()), 250)
+                wait_until(lambda: any(run.step >= 2 for run in store.runs()), 250)
                 kill_second_rank(launcher)
                 killed = time.monotonic()
                 wait_until(lambda: store.runs()[0].state == "failed")
@@ -267,6 +252,32 @@ def test_a_run_of_shares_whose_rank_is_killed_fails_in_a_sentence(tmp_path: Path
                 launcher.kill()
         (run,) = store.runs()
         assert re.fullmatch(DIED, run.error or "")
+        (told,) = [event.message for event in store.events(run.id, limit=None) if event.kind == "sharding"]
+        here, whole = (float(number) for number in re.findall(r"[\d.]+\d", told))
+        assert here < whole
+        assert execute(store, run.id) == "finished", store.run(run.id).error
+        assert_alike(single, Done(store, run.id))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_weights_are_trained_in_shares_as_in_one_process_and_through_a_stop(tmp_path: Path) -> None:
+    settings = (*SETTINGS, "models.policy.adapter=full", "training.learning_rate=1e-6", "evaluation.greedy=false")
+    with Store(tmp_path / "runs.db") as store:
+        one = store.create_run(small(*settings))
+        assert execute(store, one) == "finished", store.run(one).error
+        with start(TORCHRUN, "train", "--db", store.path, *flags(*settings, SHARED)) as launcher:
+            try:
+                wait_until(lambda: any(run.step for run in store.runs() if run.id != one), 250)
+                launcher.send_signal(signal.SIGINT)
+                output, _ = launcher.communicate(timeout=100)
+            finally:
+                launcher.kill()
+        (run,) = [run for run in store.runs() if run.id != one]
+        assert run.state == "stopped", output
+        code, output = carry(TORCHRUN, "resume", run.id, "--db", store.path)
+        assert code == 0, output
+        assert_alike(Done(store, one), Done(store, run.id))
 
 
 def test_a_single_rank_that_shall_share_its_policy_is_refused_before_anything_is_loaded() -> None:
