@@ -141,7 +141,8 @@ def share_out(
 
     def settled() -> None:  # else FSDP remembers the layers of every pass without a gradient
         for model in models:
-            model.model.reset_iter_state()
+            if hasattr(model.model, "reset_iter_state"):  # older versions of torch have no such method
+                model.model.reset_iter_state()
 
     turns = SharedTurns(world.agree, go_along, settled)
     world.before_exchange = lambda: turns.take(Turn.MEET)
