@@ -91,6 +91,14 @@ class World:
         """
         return action()
 
+    def meet(self, exchange: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Do something that all ranks do at once, without waiting for their turn.
+
+        Raises:
+            RankLost: a rank is missing.
+        """
+        return exchange(*arguments, **named)
+
     def sum_figures(self, figures: Mapping[str, float], largest: Sequence[str] = ()) -> dict[str, float]:
         """Figures of all ranks added up by name; of those in ``largest``, the largest."""
         totals: dict[str, float] = defaultdict(float)
@@ -146,9 +154,7 @@ class Ranks(World):
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """See :class:`World`."""
-        every = [
-            parameter for parameter in parameters if not isinstance(parameter, DTensor)
-        ]  # those are summed already
+        every = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]  # summed by FSDP
         # A rank whose groups all lack spread has made no backward pass. That everybody answers here also means
         # that nobody is missing when the GPUs begin to wait for each other.
         present = self.gather([parameter.grad is not None for parameter in every])
@@ -223,11 +229,7 @@ class Ranks(World):
         return self._gpu_group
 
     def meet(self, exchange: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Do something that all ranks do at once, without waiting for their turn.
-
-        Raises:
-            RankLost: a rank is missing.
-        """
+        """See :class:`World`."""
         try:
             return exchange(*arguments, **named)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # torn connections

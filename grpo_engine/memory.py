@@ -372,10 +372,11 @@ def _advice(
 def _candidates(config: RunConfig, placement: Placement, sharers: int) -> dict[str, list[Any]]:
     """Settings that need less memory, and their values from the mildest on; what changes no result comes first."""
     image, policy = config.models.image, config.models.policy
+    shareable = sharers > 1 and policy.quantize == "none"
     packable = placement.policy.type == "cuda" and policy.adapter == "lora" and policy.quantize == "none"
     return {
         "placement.plan": [name for name in PLANS if name not in (config.placement.plan, "cpu")],
-        "placement.shard_policy": [True] if sharers > 1 and packable and not config.placement.shard_policy else [],
+        "placement.shard_policy": [True] if shareable and not config.placement.shard_policy else [],
         "training.update_rows": _halves(config.training.update_rows or config.sampling.num_rollouts),
         "training.logit_chunk": [size for size in (256, 64, 16) if size < (config.training.logit_chunk or 1_000_000)],
         "sampling.prompts_per_pass": _halves(config.sampling.prompts_per_pass or config.training.batch_size),

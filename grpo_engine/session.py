@@ -271,7 +271,9 @@ class Session:
             world=self.world,
         )  # fmt: skip
         if isinstance(policy.turns, SharedTurns):
-            policy.turns.go_along[Turn.COLLECT] = lambda: collect(trainer.parameters, trainer.optimizer, keep=False)
+            policy.turns.go_along[Turn.COLLECT] = lambda: collect(
+                self.world, trainer.parameters, trainer.optimizer, keep=False
+            )
         if resuming:
             self.world.decide(lambda: self._restore(trainer, recorder))
         self._align(trainer)
@@ -366,7 +368,7 @@ class Session:
         together: dict[int, Tensor] = {}
         if shared_out(trainer.parameters):  # the other ranks go along as soon as they come to their next turn
             trainer.policy.turns.take(Turn.COLLECT)
-            together = collect(trainer.parameters, trainer.optimizer, keep=True)
+            together = collect(self.world, trainer.parameters, trainer.optimizer, keep=True)
         snapshot = take_snapshot(
             policy=trainer.policy,
             optimizer=trainer.optimizer,

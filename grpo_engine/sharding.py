@@ -154,7 +154,9 @@ def shared_out(tensors: Iterable[Tensor]) -> list[DTensor]:
     return [tensor for tensor in tensors if isinstance(tensor, DTensor)]
 
 
-def collect(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[int, Tensor]:
+def collect(
+    world: World, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool
+) -> dict[int, Tensor]:
     """Put together what is shared out of trained weights and their moments; all ranks at once, see ``Turn.COLLECT``.
 
     Returns CPU copies by the ``id`` of the share, or nothing unless ``keep``.
@@ -162,7 +164,7 @@ def collect(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer
     found = {}
     for parameter in shared_out(parameters):
         for share in (parameter, *shared_out(optimizer.state.get(parameter, {}).values())):
-            whole = share.full_tensor().detach()
+            whole = world.meet(share.full_tensor).detach()
             if keep:
                 found[id(share)] = whole.cpu()
     return found

@@ -219,7 +219,7 @@ def trained_shares(world: Ranks) -> dict[str, Any]:
             norms.append(float(clip_gradients(parameters, 0.5, world)))
             optimizer.step()
     world.gather(None)
-    there = collect(trained[0], optimizers[0], keep=True)
+    there = collect(world, trained[0], optimizers[0], keep=True)
     far = {"weights": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     for mine, other in zip(*trained, strict=True):
         pairs = {"weights": (mine, other)}
