@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +129,7 @@ def take_snapshot(
     extra: Any = None,
     rollouts: Sequence[Completions] = (),
     best_by: str = "reward_mean",
+    together: Mapping[int, Tensor] | None = None,
 ) -> Snapshot:
     """Copy what a checkpoint needs.
 
@@ -136,12 +137,14 @@ def take_snapshot(
         extra: anything JSON can hold; comes back from :func:`load_checkpoint`.
         rollouts: what was sampled already for the step after; comes back from :func:`read_rollouts`.
         best_by: name of the metric by which the best checkpoint is chosen, higher is better.
+        together: copies that stand for weights and moments of which this rank has a share only, by ``id`` of the share.
 
     Raises:
         CheckpointError: weights are trained that a checkpoint has no place for.
     """
-    copies = {id(p): p.detach().to("cpu", copy=True).contiguous() for p in policy.trainable().values()}
-    moments, groups = _optimizer_state(policy, optimizer)
+    together = together or {}
+    copies = {id(p): _copied(p, together) for p in policy.trainable().values()}
+    moments, groups = _optimizer_state(policy, optimizer, together)
     return Snapshot(
         model=policy.model,
         base_source=_base_source(policy, config.models.policy.path),
@@ -158,6 +161,11 @@ def take_snapshot(
         moments=moments,
         groups=groups,
     )
+
+
+def _copied(tensor: Tensor, together: Mapping[int, Tensor]) -> Tensor:
+    whole = together.get(id(tensor))
+    return (tensor.detach().to("cpu", copy=True) if whole is None else whole).contiguous()
 
 
 def save_checkpoint(run_folder: Path | str, **what: Any) -> Path:
@@ -215,9 +223,14 @@ def write_checkpoint(run_folder: Path | str, snapshot: Snapshot) -> Path:
 
 
 def load_checkpoint(
-    path: Path | str, policy: SavedPolicy, optimizer: torch.optim.Optimizer | None = None
+    path: Path | str,
+    policy: SavedPolicy,
+    optimizer: torch.optim.Optimizer | None = None,
+    put: Callable[[Parameter, Tensor], object] = lambda parameter, saved: parameter.copy_(saved),
 ) -> CheckpointState:
     """Copy the checkpoint's weights into ``policy`` and its state into ``optimizer``, bit for bit.
+
+    ``put`` does so with one weight.
 
     Raises:
         CheckpointError: damaged, foreign or newer; ``policy`` and ``optimizer`` are then untouched.
@@ -228,7 +241,7 @@ def load_checkpoint(
         optimizer.load_state_dict(_torch_optimizer_state(state, policy, optimizer))
     with torch.no_grad():
         for parameter, saved in pairs:
-            parameter.copy_(saved)
+            put(parameter, saved)
     return state
 
 
@@ -374,7 +387,7 @@ def _optimizer_names(policy: SavedPolicy, optimizer: torch.optim.Optimizer) -> l
 
 
 def _optimizer_state(
-    policy: SavedPolicy, optimizer: torch.optim.Optimizer
+    policy: SavedPolicy, optimizer: torch.optim.Optimizer, together: Mapping[int, Tensor]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The state as flat tensors ``<field>:<parameter name>``, and the groups as plain data."""
     tensors: dict[str, Tensor] = {}
@@ -384,7 +397,7 @@ def _optimizer_state(
         groups.append({"parameters": names, "options": options})
         for parameter, name in zip(group["params"], names, strict=True):
             for field, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{field}:{name}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{field}:{name}"] = _copied(value, together)
     return tensors, groups
 
 

@@ -265,6 +265,12 @@ class PlacementConfig(Section):
         le=64,
         advanced=True,
     )
+    shard_policy: bool = _f(
+        False,
+        "With several ranks: share the policy's weights out over them, for a policy that outgrows one GPU. Each rank "
+        "holds a part of every layer and fetches the rest as it computes: slower, the same result.",
+        advanced=True,
+    )
     threads: int = _f(0, "CPU threads of the whole process; 0 = as many as cores.", ge=0, le=1024, advanced=True)
 
     @model_validator(mode="after")
@@ -482,6 +488,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.async_steps is 1, but with training.streaming 'never' nothing is rendered beside the update; "
                 "use 'auto' or set training.async_steps to 0"
+            )
+        if self.placement.shard_policy and self.models.policy.quantize != "none":
+            raise ValueError(
+                "placement.shard_policy is true, but models.policy.quantize is '4bit', and weights of 4 bits can't be "
+                "shared out over ranks; set models.policy.quantize to 'none', or placement.shard_policy to false"
             )
         if not self.evaluation.greedy and self.evaluation.samples == 0:
             raise ValueError("evaluation measures nothing: set evaluation.greedy or evaluation.samples above 0")

@@ -1,8 +1,9 @@
 """The world of ranks: the processes that train one policy together, each with devices of its own.
 
-Every rank holds the whole policy and takes whole groups of each step; gradients are summed over ranks before one
-identical optimiser step on each. The loss of a group is already divided by the size of the whole step, so the sum
-is the gradient that one process would have. The first rank alone records.
+Every rank holds the whole policy, or with ``placement.shard_policy`` a share of it (``sharding.py``), and takes whole
+groups of each step; gradients are summed over ranks before one identical optimiser step on each. The loss of a group is
+already divided by the size of the whole step, so the sum is the gradient that one process would have. The first rank
+alone records.
 
 A launcher (torchrun, or accelerate launch, which uses it) starts the ranks and tells them who they are through
 the environment. Without one there is a single rank, and nothing here costs anything.
@@ -20,9 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from .config import ConfigError
 from .control import RunControl
@@ -42,9 +43,11 @@ class World:
         size: how many ranks there are.
         local_rank: of this process on its machine, from 0.
         local_size: how many ranks this machine has.
+        before_exchange: called before ranks exchange anything; returns when all of them are about to.
     """
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    before_exchange: Callable[[], None] = staticmethod(lambda: None)
 
     @property
     def first(self) -> bool:
@@ -71,8 +74,8 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over ranks; a weight without one on every rank keeps none."""
 
-    def align(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Give every rank the first one's weights and optimiser state, bit for bit."""
+    def align(self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Give every rank the first one's weights and optimiser state, bit for bit, except of weights shared out."""
 
     def obey(self, control: RunControl, stuck: Callable[[str], None] = lambda sentence: None) -> None:
         """Pass signals to any rank on to ``control`` as a stop, and the loss of a rank as an error to raise.
@@ -87,6 +90,14 @@ class World:
             ConfigError: on every rank, if any rank's ``action`` did.
         """
         return action()
+
+    def meet(self, exchange: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Do something that all ranks do at once, without waiting for their turn.
+
+        Raises:
+            RankLost: a rank is missing.
+        """
+        return exchange(*arguments, **named)
 
     def sum_figures(self, figures: Mapping[str, float], largest: Sequence[str] = ()) -> dict[str, float]:
         """Figures of all ranks added up by name; of those in ``largest``, the largest."""
@@ -121,26 +132,29 @@ class Ranks(World):
 
     def gather(self, value: T) -> list[T]:
         """See :class:`World`."""
+        self.before_exchange()
         found: list[Any] = [None] * self.size
-        self._meet(dist.all_gather_object, found, value)
+        self.meet(dist.all_gather_object, found, value)
         return found
 
     def collect(self, items: Sequence[T]) -> list[T]:
         """See :class:`World`."""
+        self.before_exchange()
         found: list[Any] | None = [None] * self.size if self.first else None
-        self._meet(dist.gather_object, list(items), found)
+        self.meet(dist.gather_object, list(items), found)
         return [item for part in found for item in part] if found is not None else list(items)
 
     def decide(self, choose: Callable[[], T]) -> T:
         """See :class:`World`."""
+        self.before_exchange()
         chosen: list[Any] = [choose() if self.first else None]
-        self._meet(dist.broadcast_object_list, chosen)
+        self.meet(dist.broadcast_object_list, chosen)
         value: T = chosen[0]
         return value
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """See :class:`World`."""
-        every = list(parameters)
+        every = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]  # summed by FSDP
         # A rank whose groups all lack spread has made no backward pass. That everybody answers here also means
         # that nobody is missing when the GPUs begin to wait for each other.
         present = self.gather([parameter.grad is not None for parameter in every])
@@ -148,19 +162,26 @@ class Ranks(World):
             if somewhere:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                self._meet(dist.all_reduce, parameter.grad, group=self._group_for(parameter.grad))
+                self.meet(dist.all_reduce, parameter.grad, group=self.group_on(parameter.grad.device))
 
-    def align(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def align(self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """See :class:`World`."""
+        self.before_exchange()
+        own = {id(parameter) for parameter in parameters if isinstance(parameter, DTensor)}  # see sharding.spread
         for parameter in parameters:
+            if id(parameter) in own:
+                continue
             here = parameter.detach().cpu()
-            self._meet(dist.broadcast, here, 0)
+            self.meet(dist.broadcast, here, 0)
             with torch.no_grad():
                 parameter.copy_(here)
 
         def packed() -> bytes:
-            buffer = io.BytesIO()
-            torch.save(optimizer.state_dict(), buffer)
+            buffer, shared = io.BytesIO(), optimizer.state_dict()
+            every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index in [index for index in shared["state"] if id(every[index]) in own]:
+                del shared["state"][index]
+            torch.save(shared, buffer)
             return buffer.getvalue()
 
         state = self.decide(packed)
@@ -192,18 +213,25 @@ class Ranks(World):
         if self.watch.lost is None and self.first:
             dist.destroy_process_group()
 
-    def _group_for(self, tensor: Tensor) -> Any:
-        if tensor.device.type == "cpu":
-            return None
+    def agree(self, wanted: int) -> int:
+        """The largest number that any rank gives, on every rank."""
+        number = torch.tensor([wanted])
+        self.meet(dist.all_reduce, number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    def group_on(self, device: torch.device) -> Any:
+        """The ranks as they meet with tensors on ``device``, which is this rank's GPU or the CPU."""
+        if device.type == "cpu":
+            return dist.group.WORLD
         if self._gpu_group is None:
-            torch.cuda.set_device(tensor.device)
+            torch.cuda.set_device(device)
             self._gpu_group = dist.new_group(backend="nccl", timeout=UNLIMITED)
         return self._gpu_group
 
-    def _meet(self, exchange: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        """Do something that all ranks do at once."""
+    def meet(self, exchange: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """See :class:`World`."""
         try:
-            exchange(*arguments, **named)
+            return exchange(*arguments, **named)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # torn connections
             raise self.watch.verdict(error) from error
 

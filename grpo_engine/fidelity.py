@@ -115,7 +115,7 @@ def measure_fidelity(
     if not settings:
         raise ConfigError("The full setting is the run's own; name one that differs, such as --steps 28.")
     say = told or (lambda name, done, total: None)
-    plan, full_plan = Plan(config), Plan(full)
+    plan, full_plan = Plan(config, whole=True), Plan(full, whole=True)
     config, full = plan.config, full_plan.config
     apply_threads(config)
     environment = load_environment(config, plan.placement, say)

@@ -15,6 +15,7 @@ import torch
 
 from . import hub, model_files
 from .config import ROOT, ConfigError, RunConfig
+from .distributed import ALONE, Ranks, World
 from .environment import PureGRPOPromptEnvironment
 from .image_families import family_of
 from .image_model import ImageModel, load_image_model
@@ -198,15 +199,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"peft|transformers|diffusers|open_clip|torch")
 
 
-def load_policy(config: RunConfig, device: torch.device) -> PureGRPOPolicy:
-    """Load the vision-language model with a fresh adapter."""
+def load_policy(config: RunConfig, device: torch.device, dtype: torch.dtype | None = None) -> PureGRPOPolicy:
+    """Load the vision-language model with a fresh adapter, in another number format than ``device``'s where given."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     quiet_libraries()
     settings = config.models.policy
     folder = _source(config, "policy")
     processor = AutoProcessor.from_pretrained(folder)
-    dtype = compute_dtype(settings.dtype, device)
+    dtype = dtype or compute_dtype(settings.dtype, device)
     model: Any
     if settings.quantize == "none":
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
@@ -280,9 +281,14 @@ def _source(config: RunConfig, part: str) -> str:
 
 
 def load_environment(
-    config: RunConfig, placement: Placement | None = None, told: Callable[[str, int, int], None] | None = None
+    config: RunConfig,
+    placement: Placement | None = None,
+    told: Callable[[str, int, int], None] | None = None,
+    world: World = ALONE,
 ) -> PureGRPOPromptEnvironment:
     """Load the models onto their devices, an image model on each of its, after all that the cache lacks is downloaded.
+
+    Of the policy with ``placement.shard_policy``, only this rank's share goes onto its device.
 
     ``told(name, done, total)`` hears of each, and of downloads in MB; what it raises ends a download.
     """
@@ -290,7 +296,11 @@ def load_environment(
     placement = placement or resolve(config.placement)
     hub.fetch(config, say)
     say("loading policy", 0, 3)
-    policy = load_policy(config, placement.policy)
+    if config.placement.shard_policy and isinstance(world, Ranks):
+        policy = load_policy(config, torch.device("cpu"), compute_dtype(config.models.policy.dtype, placement.policy))
+        policy.shard(world, placement.policy)
+    else:
+        policy = load_policy(config, placement.policy)
     say("loading image model", 1, 3)
     images, *further = [load_images(config, device) for device in placement.images]
     say("loading reward", 2, 3)

@@ -210,6 +210,7 @@ def plan_memory(
     memory: Mapping[str, Memory] | None = None,
     sizes: ModelSizes | None = None,
     ranks: int = 1,
+    sharers: int = 1,
 ) -> MemoryPlan:
     """Plan a run's memory. Reads configurations and file headers; loads and downloads nothing.
 
@@ -218,6 +219,7 @@ def plan_memory(
         memory: of every device there is; None = ask those that the run uses.
         sizes: of the models; None = read them.
         ranks: processes like this one on this machine, each with GPUs of its own; the CPU's memory they share.
+        sharers: ranks of all machines, over which ``placement.shard_policy`` shares the policy out.
 
     Raises:
         ConfigError: a model's path names nothing.
@@ -229,8 +231,8 @@ def plan_memory(
     asked = {name: device_memory(name) for name in available_devices() if name in used} if memory is None else memory
     if ranks > 1:
         asked = {**asked, "cpu": Memory(asked["cpu"].free // ranks, asked["cpu"].total // ranks)}
-    chosen = _with_batch(config, placement, head, asked, found)
-    plan = _planned(chosen, placement, head, asked, found)
+    chosen = _with_batch(config, placement, head, asked, found, sharers)
+    plan = _planned(chosen, placement, head, asked, found, sharers)
     if chosen is not config:
         note = f"models.image.batch_size=0 (auto) is {plan.image_batch} here."
         plan = replace(plan, notes=(*plan.notes, note))
@@ -239,11 +241,11 @@ def plan_memory(
     config = chosen
     if memory is None:
         asked = {name: asked.get(name) or device_memory(name) for name in available_devices()}
-    return replace(plan, advice=tuple(_advice(config, placement, head, asked, found)))
+    return replace(plan, advice=tuple(_advice(config, placement, head, asked, found, sharers)))
 
 
 def _with_batch(
-    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes
+    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes, sharers: int
 ) -> RunConfig:
     """With a number in the place of ``models.image.batch_size=0``: as many pictures of a step as fit, in equal parts.
 
@@ -263,7 +265,7 @@ def _with_batch(
     fits, fails = 1, step + 1  # one at a time is tried whatever the plan says
     while fails - fits > 1:
         middle = (fits + fails) // 2
-        if _planned(sized(middle), placement, head, roomy, sizes).fits is False:
+        if _planned(sized(middle), placement, head, roomy, sizes, sharers).fits is False:
             fails = middle
         else:
             fits = middle
@@ -271,10 +273,11 @@ def _with_batch(
 
 
 def _planned(
-    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes
+    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes, sharers: int
 ) -> MemoryPlan:
+    sharers = sharers if config.placement.shard_policy else 1
     placed: list[tuple[torch.device, Needs]] = [
-        (placement.policy, policy_needs(config, placement.policy, head, sizes.policy)),
+        (placement.policy, policy_needs(config, placement.policy, head, sizes.policy, sharers)),
         *((device, image_needs(config, device, sizes.image)) for device in placement.images),
         (placement.reward, reward_needs(config, placement.reward, sizes.reward)),
     ]
@@ -323,22 +326,23 @@ def _device_plan(device: str, needs: list[Needs], memory: Memory | None, *, toge
 
 
 def _advice(
-    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes
+    config: RunConfig, placement: Placement, head: int, memory: Mapping[str, Memory], sizes: ModelSizes, sharers: int
 ) -> Iterator[Advice]:
     """Settings that make the run fit as far as sizes are known: each by itself, else several that all are needed."""
 
     def fitting(settings: Mapping[str, Any]) -> Advice | None:
         try:
             changed = changed_settings(config, settings)
-            moved = resolve(changed.placement, list(memory)) if changed.placement != config.placement else placement
-            plan = _planned(changed, moved, head, memory, sizes)
+            same = changed.placement.plan == config.placement.plan
+            moved = placement if same else resolve(changed.placement, list(memory))
+            plan = _planned(changed, moved, head, memory, sizes, sharers)
         except ConfigError:  # a plan for more GPUs than there are, or FLUX without T5
             return None
         written = tuple(f"{name}={str(value).lower()}" for name, value in settings.items())
         needed = {device.device: device.needed for device in plan.devices}
         return None if plan.fits is False else Advice(written, needed)
 
-    candidates = _candidates(config, placement)
+    candidates = _candidates(config, placement, sharers)
     alone = False
     for name, values in candidates.items():
         if found := next(filter(None, (fitting({name: value}) for value in values)), None):
@@ -346,9 +350,10 @@ def _advice(
             yield found
     if alone:
         return
+    left_out = ["placement.plan", *(["models.policy.quantize"] if sharers > 1 else [])]  # 4 bits can't be shared out
     chosen: dict[str, Any] = {}
     for name, values in candidates.items():
-        if values and name != "placement.plan":
+        if values and name not in left_out:
             chosen[name] = values[-1]
         if fitting(chosen):
             break
@@ -364,12 +369,14 @@ def _advice(
         yield found
 
 
-def _candidates(config: RunConfig, placement: Placement) -> dict[str, list[Any]]:
+def _candidates(config: RunConfig, placement: Placement, sharers: int) -> dict[str, list[Any]]:
     """Settings that need less memory, and their values from the mildest on; what changes no result comes first."""
     image, policy = config.models.image, config.models.policy
+    shareable = sharers > 1 and policy.quantize == "none"
     packable = placement.policy.type == "cuda" and policy.adapter == "lora" and policy.quantize == "none"
     return {
         "placement.plan": [name for name in PLANS if name not in (config.placement.plan, "cpu")],
+        "placement.shard_policy": [True] if shareable and not config.placement.shard_policy else [],
         "training.update_rows": _halves(config.training.update_rows or config.sampling.num_rollouts),
         "training.logit_chunk": [size for size in (256, 64, 16) if size < (config.training.logit_chunk or 1_000_000)],
         "sampling.prompts_per_pass": _halves(config.sampling.prompts_per_pass or config.training.batch_size),

@@ -26,6 +26,7 @@ KINDS: dict[Source, Kind] = {"files": "exact", "configuration": "exact", "publis
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 for the scale of 64, 32 for that of 256 scales
 WIDE = 4  # bytes of float32, in which the adapter and all losses are computed
 DECODER_COPIES = 3.25  # tensors of the full-resolution stage alive at once: 3.0 measured, and the convolution's own
+GATHERED = 3  # layers of a sharded policy that are there at once beside the shares
 CLIP_COPIES = 12  # tensors (B, tokens, width) alive at once in a block of the vision tower: 12.0 measured
 
 
@@ -71,8 +72,15 @@ def _estimate(part: str, what: str, amount: float) -> Item:
     return Item(part, what, int(amount), "estimate")
 
 
-def policy_needs(config: RunConfig, device: torch.device, head: int, size: PolicySize | None) -> Needs:
-    """Of the policy, see ``policy.py`` and ``trainer.py``. ``head``: tokens of the longest prompt in its template."""
+def policy_needs(
+    config: RunConfig, device: torch.device, head: int, size: PolicySize | None, sharers: int = 1
+) -> Needs:
+    """Of the policy, see ``policy.py`` and ``trainer.py``.
+
+    Args:
+        head: tokens of the longest prompt in its template.
+        sharers: ranks that its layers are shared out over, see ``sharding.py``.
+    """
     settings = config.models.policy
     if size is None:
         return Needs("policy", [Item("policy", "everything", None, "unknown")])
@@ -82,6 +90,15 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
     if packed:
         saved = size.packable * dtype.itemsize - int(size.packable * NF4)
         weights = replace(weights, what="weights in 4 bits and bfloat16", bytes=(weights.bytes or 0) - saved)
+    through_host = 0 if packed else size.weights.converted(dtype)
+    gathered: list[Item] = []
+    if sharers > 1:
+        layers = size.packable * dtype.itemsize
+        own = (weights.bytes or 0) - layers + layers // sharers
+        weights = replace(weights, what=f"{weights.what}, 1/{sharers} of every layer", bytes=own)
+        # At work, together with what it is put together from, beside the next one on its way; gradients twice too.
+        copies = GATHERED + 2 * (settings.adapter == "full")
+        gathered = [_estimate("policy", "layers put together to compute with", copies * layers / size.layers)]
     if settings.adapter == "lora":
         state = WIDE * size.adapter(settings.lora.rank, settings.lora.targets)  # peft keeps adapters in float32
         stays = [weights, Item("policy", "adapter, its gradients and AdamW's two moments", 4 * state, "exact")]
@@ -89,12 +106,14 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
             layer = size.hidden * size.intermediate * dtype.itemsize
             stays.append(_estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
     else:
-        state = dtype.itemsize * (size.weights.elements - size.vision)
+        state = dtype.itemsize * (size.weights.elements - size.vision - size.packable + size.packable // sharers)
+        through_host += size.weights.bytes(dtype) if sharers > 1 else 0  # the untouched copy is made there
         stays = [
             weights,
             replace(weights, what="untouched copy, the reference policy"),
             Item("policy", "gradients and AdamW's two moments", 3 * state, weights.kind),
         ]
+    stays += gathered
     phases = [
         _sampling(config, size, dtype.itemsize, head),
         *_update(config, size, dtype.itemsize, head),
@@ -104,7 +123,9 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
     asked = config.evaluation.judge in ("auto", "vqa") or config.models.reward.weights.vqa != 0
     if asked and size.pixels_per_token:
         phases.append(_judging(config, size, dtype.itemsize, head))
-    return Needs("policy", stays, phases, through_host=0 if packed else size.weights.converted(dtype))
+    if device.type == "cpu" and sharers > 1:
+        phases.append([_estimate("policy", "whole, before it is shared out", through_host)])
+    return Needs("policy", stays, phases, through_host)
 
 
 def _kept(config: RunConfig, size: PolicySize) -> tuple[bool, int]:

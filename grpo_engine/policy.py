@@ -16,11 +16,15 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import shared_prefix
+from .adapter import merged, switched_off
 from .config import PolicyModelConfig, SamplingConfig
+from .distributed import Ranks
 from .kv_cache import repeat_with_room
 from .policy_family import (
+    TESTED,
     adapter_layers,
     end_tokens,
     forget_pictures,
@@ -32,14 +36,14 @@ from .policy_family import (
 from .rollout import Completions, Picture, stacked
 from .sampler import chunked_logprobs, draw, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
+from .sharding import share_out
+from .turns import SharedTurns, Turn, Turns
 
 Poll = Callable[[], None]
 """Called often during long work; raises to stop it."""
 
 
 DROP_SHARE = 0.75  # completions that have ended leave the batch once no more than this share of it still runs
-MERGED_BYTES = 2**26
-"""Most bytes of weights that are copied with the adapter added to them, while a policy samples."""
 
 
 def no_poll() -> None:
@@ -70,6 +74,7 @@ class PureGRPOPolicy:
     ) -> None:
         self.processor, self.config, self.sampling = processor, config, sampling
         self.processor_path = path
+        self.turns = Turns()
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device: torch.device = next(model.parameters()).device
         self.end_tokens = end_tokens(model, self.tokenizer)
@@ -104,6 +109,8 @@ class PureGRPOPolicy:
             self.model.enable_input_require_grads()
         self.model.eval()
         self._adapters = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        drops = config.lora.dropout > 0 or getattr(language_model(model).config, "attention_dropout", 0.0) > 0
+        self._trains_otherwise = drops or config.gradient_checkpointing or model.config.model_type not in TESTED
 
     # -- weights -----------------------------------------------------------------------------------------
 
@@ -120,43 +127,39 @@ class PureGRPOPolicy:
                 yield
             finally:
                 self.model = trained
-        else:  # as peft's disable_adapter, which also examines every module of the model, at each call
-            for layer in self._adapters:
-                layer.enable_adapters(False)
-            try:
+        else:
+            with switched_off(self._adapters):
                 yield
-            finally:
-                for layer in self._adapters:
-                    layer.enable_adapters(True)
 
     @contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Inside, the adapter is part of the weights, where that is exact up to rounding and a small model gains by it.
-
-        Decoding token by token, a small model spends most of its time on calls, and half of them are the adapter's.
-        """
-        layers: list[Any] = [layer for layer in self._adapters if not layer.disable_adapters]
-        weights: list[Tensor] = [layer.get_base_layer().weight for layer in layers]
-        small = sum(weight.nbytes for weight in weights) <= MERGED_BYTES
-        if not small or any(weight.dtype != torch.float32 for weight in weights):
-            yield
-            return
-        before = [weight.data for weight in weights]  # kept, not computed back: they must stay the same bits
-        for layer, weight in zip(layers, weights, strict=True):
-            (adapter,) = layer.active_adapters
-            weight.data = weight.data + layer.get_delta_weight(adapter)
-            layer.merged_adapters.append(adapter)
+    def training(self) -> Iterator[None]:
+        """Inside, dropout and gradient checkpointing are at work; a policy that has neither is left as it is."""
+        if self._trains_otherwise:
+            self.model.train()
         try:
             yield
         finally:
-            for layer, weight, data in zip(layers, weights, before, strict=True):
-                weight.data = data
-                layer.merged_adapters.clear()
+            if self._trains_otherwise:
+                self.model.eval()
 
     @property
     def _base(self) -> Any:
         """The transformers model itself; its layers carry the adapter in place."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def shard(self, world: Ranks, device: torch.device) -> None:
+        """Keep this rank's share of the weights, which are in the host's memory, on ``device``; see ``sharding.py``.
+
+        From now on every rank must use the policy for a pass of any to end, or exchange something through ``world``.
+        """
+        adapter = set(self.trainable().values()) if self._full_reference is None else set()
+        self.turns = share_out(self._base, self._full_reference, adapter, world, device)
+        self.device, self.suppressed = device, self.suppressed.to(device)
+
+    def _take_turn(self, *, learn: bool = False) -> None:
+        """Wait until the ranks that share the policy make a pass together; it must follow at once."""
+        forward = Turn.REFERENCE if self.model is self._full_reference else Turn.FORWARD
+        self.turns.take(Turn.LEARN if learn else forward)
 
     # -- text --------------------------------------------------------------------------------------------
 
@@ -208,7 +211,7 @@ class PureGRPOPolicy:
             raise ValueError(f"sample needs one equally large group of seeds a prompt, not sizes {sorted(sizes)}.")
         prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
         randoms = uniforms([seed for group in seeds for seed in group], self.sampling.max_new_tokens).to(self.device)
-        with self._merged():
+        with merged([] if isinstance(self.turns, SharedTurns) else self._adapters):
             return self._decode(prompt_ids, sizes.pop(), randoms, greedy=greedy, poll=poll)
 
     def _decode(
@@ -219,6 +222,7 @@ class PureGRPOPolicy:
         positions = shaped(positions, self._rows)
         base, (rows, limit) = self._base, randoms.shape
         poll()
+        self._take_turn()
         output = base.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
         read = mask.shape[1]
@@ -247,6 +251,7 @@ class PureGRPOPolicy:
             if left == 0 or step + 1 == limit:
                 break
             poll()
+            self._take_turn()
             if left <= DROP_SHARE * len(here):
                 here, token, seen, lengths = here[running], token[running], seen[running], lengths[running]
                 cache.batch_select_indices(running.nonzero().squeeze(1))
@@ -259,6 +264,7 @@ class PureGRPOPolicy:
                 use_cache=True,
             )
             hidden = output.last_hidden_state[:, -1]
+        self.turns.take(Turn.SETTLE)  # else the others would wait for this rank's pictures with rewrites half written
         kept_of_all = pad_kept(kept_sets) if kept_sets else None
         groups = []
         for index, prompt in enumerate(prompt_ids):
@@ -349,7 +355,8 @@ class PureGRPOPolicy:
         one group after the other, padded to the longest (:func:`stacked`). Logits are computed for completion tokens
         only, at most ``logit_chunk`` tokens at a time (0 = all at once). With ``share_prefix`` a prompt goes through
         the model once for its whole group (if the model can, see :func:`shared_prefix.prepare`), else once a row.
-        None of this changes the result or its gradient but by rounding.
+        None of this changes the result or its gradient but by rounding. Where gradients are
+        enabled the backward pass must be the next that is done with the policy.
 
         Returns:
             float32 (R, T) and (R, T) on the policy's device, 0 on padding.
@@ -358,11 +365,11 @@ class PureGRPOPolicy:
         tokens = stacked([group.token_ids for group in groups]).to(self.device)
         prompts = [group.prompt_ids.to(self.device) for group in groups]
         sizes = [len(group) for group in groups]
+        self._take_turn(learn=torch.is_grad_enabled())
         if share_prefix and self.shares_prefix:
             hidden = shared_prefix.hidden_states(self._base, prompts, sizes, tokens, mask)
         else:
-            parts = zip(prompts, tokens.split(sizes), mask.split(sizes), strict=True)
-            hidden = torch.cat([self._hidden_plain(*part) for part in parts])
+            hidden = self._hidden_plain(prompts, sizes, tokens, mask)
         kept = [group.kept for group in groups if group.kept is not None]
         logprobs, entropies = chunked_logprobs(
             self._base.lm_head,
@@ -376,16 +383,23 @@ class PureGRPOPolicy:
         zeros = torch.zeros(tokens.shape, device=self.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
 
-    def _hidden_plain(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (G, T, D) that predict each of ``tokens`` (G, T), every row with its own copy of the prompt."""
+    def _hidden_plain(self, prompts: Sequence[Tensor], sizes: Sequence[int], tokens: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (R, T, D) that predict each of ``tokens`` (R, T), every row with its own copy of the prompt."""
         rows, width = tokens.shape
-        prompt = prompt_ids.expand(rows, -1)
-        ids = torch.cat([prompt, tokens], dim=1)
-        attention = torch.cat([torch.ones_like(prompt), mask.long()], dim=1)
-        positions = shaped(torch.arange(ids.shape[1], device=self.device).expand(rows, -1), self._rows)
-        output = self._base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
-        start = len(prompt_ids) - 1  # the hidden state that predicts the first completion token
-        return output.last_hidden_state[:, start : start + width]
+        repeats = torch.tensor(sizes, device=self.device)
+        heads = pad_sequence(list(prompts), batch_first=True, padding_value=self._pad_token)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device).repeat_interleave(repeats)
+        ids = heads.new_full((rows, heads.shape[1] + width), self._pad_token)
+        ids[:, : heads.shape[1]] = heads.repeat_interleave(repeats, dim=0)
+        places = lengths.unsqueeze(1) + torch.arange(width, device=self.device)
+        ids.scatter_(1, places, tokens)
+        positions = torch.arange(ids.shape[1], device=self.device).expand(rows, -1)
+        attention = (positions < (lengths + mask.sum(dim=1)).unsqueeze(1)).long()
+        output = self._base.model(
+            input_ids=ids, attention_mask=attention, position_ids=shaped(positions, self._rows), use_cache=False
+        )
+        before = (places - 1).unsqueeze(2)  # the hidden state that predicts a token is that of the one before it
+        return output.last_hidden_state.take_along_dim(before, dim=1)
 
     # -- judging -----------------------------------------------------------------------------------------
 
@@ -398,6 +412,7 @@ class PureGRPOPolicy:
             question = self.config.question.replace("{prompt}", prompt)
             text = self._chat_text([{"type": "image"}, {"type": "text", "text": question}])
             inputs = self.processor(text=[text], images=[picture], return_tensors="pt").to(self.device)
+            self._take_turn()
             hidden = self._base.model(**inputs).last_hidden_state[:, -1]
             forget_pictures(self._base)  # the offset of this picture must not reach text-only calls
             logits = self._base.lm_head(hidden).float()[0]

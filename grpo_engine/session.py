@@ -17,6 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
 from .checkpoint import (
     CheckpointError,
     CheckpointState,
@@ -30,7 +34,7 @@ from .checkpoint import (
 )
 from .config import ConfigError, RunConfig
 from .control import RunControl, StopRequested
-from .distributed import ALONE, RankLost, World
+from .distributed import ALONE, RankLost, Ranks, World
 from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
 from .judge import make_judge
@@ -40,11 +44,13 @@ from .placement import Placement, apply_threads, resolve, resolve_cell
 from .prompts import Prompt, PromptSet
 from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
+from .sharding import collect, held, shared_out, spread
 from .store import Store, StoreError
 from .store.recorder import StoreRecorder
 from .store.rows import ENDINGS
 from .trackers import TrackedRecorder, check_trackers
 from .trainer import PureGRPOTrainer, TrainingFailed
+from .turns import SharedTurns, Turn
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +60,23 @@ AnyRecorder = StoreRecorder | Unrecorded
 class Plan:
     """What a run needs, checked before any model loads.
 
+    Args:
+        whole: a single rank may hold the whole policy, whatever ``placement.shard_policy`` says: it goes on with, or
+            looks at, what several began.
+
     Raises:
         ConfigError: prompts, devices or sizes that can't work, or models that don't fit there; one sentence.
 
     ``config`` is the one given, with numbers in the place of what the machine decides.
     """
 
-    def __init__(self, config: RunConfig, world: World = ALONE) -> None:
+    def __init__(self, config: RunConfig, world: World = ALONE, *, whole: bool = False) -> None:
         self.config = config
+        if config.placement.shard_policy and world.size == 1 and not whole:
+            raise ConfigError(
+                "placement.shard_policy is true, but a single rank has nobody to share its policy with; start several "
+                "with 'torchrun --nproc-per-node 2 -m grpo_engine train', or set it to false."
+            )
         check_trackers(config.recording.trackers)
         if config.training.batch_size % world.size:
             raise ConfigError(
@@ -119,7 +134,7 @@ class Plan:
         if world.size > 1:  # a rank holds its share of each step
             share = config.training.batch_size // world.size
             own = changed_settings(config, {"training.batch_size": share, "training.minibatches": 1})
-        self.memory = plan_memory(own, self.placement, prompts=texts, ranks=world.local_size)
+        self.memory = plan_memory(own, self.placement, prompts=texts, ranks=world.local_size, sharers=world.size)
         self.memory.require()
         if not config.models.image.batch_size:
             self.config = changed_settings(config, {"models.image.batch_size": self.memory.image_batch})
@@ -150,6 +165,7 @@ class Session:
         self.folder: Path = store.run_dir(run_id)
         self._metrics: dict[str, float | None] = {}  # of the last step
         self._saving: Future[None] | None = None
+        self._loaded: dict[int, Tensor] = {}  # weights of a checkpoint that wait to be shared out
 
     def run(self) -> str:
         """Execute the run to its end; returns the final state.
@@ -222,10 +238,10 @@ class Session:
     # -- the states --------------------------------------------------------------------------------------
 
     def _run(self, recorder: AnyRecorder, resuming: bool) -> None:
-        plan = self.world.together(lambda: Plan(self.config, self.world))
+        plan = self.world.together(lambda: Plan(self.config, self.world, whole=resuming))
         chosen, self.config = self.config, plan.config
         apply_threads(self.config)
-        environment = self.loaded or load_environment(self.config, plan.placement, self._heard(recorder))
+        environment = self.loaded or load_environment(self.config, plan.placement, self._heard(recorder), self.world)
         self.control.poll()
         for rank, devices in enumerate(self.world.gather(plan.placement.describe())):
             recorder.event("placement", devices if self.world.size == 1 else f"rank {rank}: {devices}")
@@ -243,6 +259,9 @@ class Session:
             recorder.event(
                 "adapter", f"LoRA on {len(policy.adapted_layers)} layers of the language model, {count:,} parameters."
             )
+        if self.config.placement.shard_policy and self.world.size > 1:
+            here, everything = (size / 1e6 for size in held(policy.model))
+            recorder.event("sharding", f"This rank holds {here:,.1f} of the policy's {everything:,.1f} MB of weights.")
         judge = make_judge(self.config.evaluation.judge, plan.test, policy)
         evaluator = Evaluator(environment, judge, self.world.share(plan.test), self.config)
         trainer = PureGRPOTrainer(
@@ -251,6 +270,10 @@ class Session:
             judge=judge if all("request" in prompt.meta for prompt in plan.train) else None,
             world=self.world,
         )  # fmt: skip
+        if isinstance(policy.turns, SharedTurns):
+            policy.turns.go_along[Turn.COLLECT] = lambda: collect(
+                self.world, trainer.parameters, trainer.optimizer, keep=False
+            )
         if resuming:
             self.world.decide(lambda: self._restore(trainer, recorder))
         self._align(trainer)
@@ -280,6 +303,9 @@ class Session:
         """Every rank begins where the first one stands."""
         trainer.step, trainer.bad_steps = self.world.decide(lambda: (trainer.step, trainer.bad_steps))
         self.world.align(trainer.parameters, trainer.optimizer)
+        if isinstance(self.world, Ranks):
+            spread(self.world, trainer.parameters, trainer.optimizer, self._loaded)
+        self._loaded = {}
 
     def _restore(self, trainer: PureGRPOTrainer, recorder: AnyRecorder) -> None:
         """Put the trainer where the last checkpoint was, and the store too; without one, begin anew."""
@@ -288,12 +314,19 @@ class Session:
             found = find_checkpoint(self.folder, "last")
             if found.note:
                 recorder.event("warning", found.note)
-            state = load_checkpoint(found.path, trainer.policy, trainer.optimizer)
+            state = load_checkpoint(found.path, trainer.policy, trainer.optimizer, self._put)
             self._metrics = state.metrics
             trainer.go_on(state.step, int(state.extra.get("bad_steps", 0)), read_rollouts(state))
         recorder.flush()
         self.store.truncate_after(self.run_id, trainer.step)
         recorder.event("resumed", f"Continuing after step {trainer.step}.")
+
+    def _put(self, parameter: Parameter, saved: Tensor) -> None:
+        """Set a weight to what was saved of it; one that is shared out is set on all ranks, by :meth:`_align`."""
+        if isinstance(parameter, DTensor):
+            self._loaded[id(parameter)] = saved
+        else:
+            parameter.copy_(saved)
 
     def _after_step(
         self,
@@ -332,6 +365,10 @@ class Session:
     def _save(self, trainer: PureGRPOTrainer, recorder: AnyRecorder, metrics: dict[str, float | None]) -> None:
         """A checkpoint of this moment, written while training goes on; at most one is being written at a time."""
         self._saved()
+        together: dict[int, Tensor] = {}
+        if shared_out(trainer.parameters):  # the other ranks go along as soon as they come to their next turn
+            trainer.policy.turns.take(Turn.COLLECT)
+            together = collect(self.world, trainer.parameters, trainer.optimizer, keep=True)
         snapshot = take_snapshot(
             policy=trainer.policy,
             optimizer=trainer.optimizer,
@@ -340,6 +377,7 @@ class Session:
             metrics=metrics,
             extra={"bad_steps": trainer.bad_steps},
             rollouts=[group.completions for group in trainer.ahead],
+            together=together,
         )
         self._saving = self._saver.submit(self._write, snapshot, recorder)
 
@@ -401,7 +439,7 @@ class Companion(Session):
 
     def __init__(self, world: World, control: RunControl) -> None:
         self.world, self.control, self.loaded = world, control, None
-        self._metrics = {}
+        self._metrics, self._loaded = {}, {}
 
     def run(self) -> str:
         """Learn from the first rank which run it is and go along to its end. What goes wrong here is raised."""
@@ -435,7 +473,7 @@ def evaluate_run(store: Store, run_id: str, which: Any = "last", prompts: str = 
     config = RunConfig.parse(store.run(run_id).config)
     if prompts:
         config = RunConfig.parse(config.model_dump() | {"data": config.data.model_dump() | {"prompts": prompts}})
-    plan = Plan(config)
+    plan = Plan(config, whole=True)
     config = plan.config
     found = find_checkpoint(store.run_dir(run_id), which)
     apply_threads(config)

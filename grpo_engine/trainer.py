@@ -36,6 +36,7 @@ from .prompts import Prompt
 from .recorder import Recorder
 from .rollout import Completions, Group, stacked
 from .seeding import derive_seed, numpy_generator, seeded_initialization
+from .sharding import clip_gradients
 from .stream import GroupStream
 
 RATIO_TOLERANCE = 1e-4
@@ -117,6 +118,7 @@ class PureGRPOTrainer:
             lr=training.learning_rate,
             betas=(training.beta1, training.beta2),
             weight_decay=training.weight_decay,
+            fused=True,
         )
         self.step = 0
         self.ahead: list[Group] = []  # of the next step, if they were sampled before the last update
@@ -331,8 +333,7 @@ class PureGRPOTrainer:
         size = sum(self.world.gather(own_size))
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
-        self.policy.model.train()
-        try:
+        with self.policy.training():
             for parts in self._passes(groups):
                 if first:  # later the step would be left half done
                     self.control.poll()
@@ -344,8 +345,6 @@ class PureGRPOTrainer:
                         loss = self._pass_loss(own, size, sums, first=first, learn=learn)
                         if learn:
                             loss.backward()
-        finally:
-            self.policy.model.eval()
         return sums
 
     def _passes(self, groups: Sequence[Group]) -> Iterator[list[Part]]:
@@ -366,7 +365,7 @@ class PureGRPOTrainer:
         """The optimiser step itself, unless loss or gradient is not finite; returns mean figures."""
         self.world.sum_gradients(self.parameters)
         sums = self.world.sum_figures(sums, largest=("ratio_error",))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.training.max_grad_norm)
+        norm = clip_gradients(self.parameters, self.config.training.max_grad_norm, self.world)
         good = bool(torch.isfinite(norm)) and math.isfinite(sums["total_loss"])
         if good:
             self.optimizer.step()

@@ -130,6 +130,10 @@ def test_a_device_that_cannot_be_one_is_refused_in_words_and_not_by_a_pattern(na
         (["training.minibatches=5"], ["training.minibatches", "5", "training.batch_size", "4"]),
         (["evaluation.samples=0", "evaluation.greedy=false"], ["evaluation.greedy", "evaluation.samples"]),
         (["evaluation.samples=3"], ["evaluation.samples", "3", "evaluation.images_per_prompt", "2"]),
+        (
+            ["placement.shard_policy=true", "models.policy.quantize=4bit"],
+            ["placement.shard_policy is true", "models.policy.quantize to 'none'", "placement.shard_policy to false"],
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(overrides: list[str], words: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -10,62 +9,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-import torch
 import yaml
-from engine_runs import StopAtPoll, flags, recorded, small, wait_until
-from safetensors.torch import load_file
+from engine_runs import StopAtPoll, flags, small, wait_until
+from rank_runs import ACCELERATE, SETTINGS, TORCHRUN, Done, assert_alike, carry, play, start
 
 from grpo_engine.config import ROOT, ConfigError
 from grpo_engine.distributed import ALONE, World
 from grpo_engine.manager import execute
+from grpo_engine.model_sizes import policy_size
 from grpo_engine.session import Plan
 from grpo_engine.store import Store
 
 # -- what ranks do together, without models ------------------------------------------------------------------
-
-
-@dataclass
-class Outcome:
-    """Of all ranks of a scenario: exit codes, and what the first one found."""
-
-    codes: list[int]
-    found: dict[str, Any]
-
-
-def play(scenario: str, size: int = 2) -> Outcome:
-    """One process a rank, started without any launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "tests/rank_scenarios.py", scenario],
-            cwd=ROOT,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        answers = [rank.communicate(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    lines = answers[0][0].splitlines()
-    assert lines, answers
-    return Outcome([rank.returncode for rank in ranks], json.loads(lines[-1]))
 
 
 def test_ranks_share_sum_decide_and_gather() -> None:
@@ -152,59 +112,15 @@ def test_a_single_rank_owns_everything() -> None:
 
 # -- whole runs ----------------------------------------------------------------------------------------------
 
-# Rewards divided by the batch's spread, minibatches, replaced prompts, and validations: all of them need all groups.
-STEPS = 3
-SETTINGS = (
-    "models.image.dtype=float32",
-    "training.learning_rate=1e-4",  # so that the order of sums does not grow into other words
-    "training.batch_size=4",
-    "training.minibatches=2",
-    f"training.steps={STEPS}",
-    "sampling.num_rollouts=2",
-    "objective.scale=batch",
-    "objective.aggregation=token",
-    "objective.dynamic_sampling=1",
-    "objective.min_std=10",
-    "evaluation.prompts=3",
-    "evaluation.every=2",
-    "evaluation.validation_prompts=3",
-    "recording.checkpoint_every=1",
-)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-ACCELERATE = (
-    sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/two-cells.yaml",
-    "--main_process_port", "0", "-m",
-)  # fmt: skip
+SHARED = "placement.shard_policy=true"
+DIED = r"Rank 1 of 2 \(process \d+ on .+\) died: no sign of life for \d+ seconds; resume the run\."
 
 
-def start(launcher: Sequence[str], *arguments: object) -> subprocess.Popen[str]:
-    """``arguments`` of the command line on two ranks."""
-    return subprocess.Popen(
-        [*launcher, "grpo_engine", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def carry(launcher: Sequence[str], *arguments: object) -> tuple[int, str]:
-    """Exit code and output of it, once it has ended."""
-    with start(launcher, *arguments) as process:
-        try:
-            output, _ = process.communicate(timeout=280)
-        finally:
-            process.kill()
-    return process.returncode, output
-
-
-@dataclass
-class Done:
-    """A run that has ended."""
-
-    store: Store
-    run: str
+def kill_second_rank(launcher: subprocess.Popen[str]) -> None:
+    """As a machine that fails would."""
+    ranks = psutil.Process(launcher.pid).children()
+    (victim,) = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+    victim.kill()
 
 
 @pytest.fixture(scope="module")
@@ -214,41 +130,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
         run_id = store.create_run(small(*SETTINGS))
         assert execute(store, run_id) == "finished", store.run(run_id).error
         yield Done(store, run_id)
-
-
-def learned(done: Done) -> torch.Tensor:
-    """The adapter's matrices that began as zeros, at the last checkpoint, as one vector."""
-    folder = done.store.run_dir(done.run) / "checkpoints" / f"step-{STEPS:06d}"
-    weights = load_file(folder / "adapter_model.safetensors")
-    return torch.cat([weights[name].flatten() for name in sorted(weights) if "lora_B" in name])
-
-
-def assert_alike(one: Done, other: Done) -> None:
-    """The same run up to the order of sums: the same rewrites, pictures and prompts, all figures close."""
-    assert other.store.check() == []
-    assert other.store.run(other.run).state == "finished"
-    mine, theirs = recorded(one.store, one.run), recorded(other.store, other.run)
-    for name in mine:
-        if name != "ratio_error":  # is nothing but the order of sums
-            np.testing.assert_allclose(theirs[name], mine[name], rtol=2e-3, atol=2e-4, err_msg=name)
-    for step in range(1, STEPS + 1):
-        rows, others = one.store.rollouts(one.run, step), other.store.rollouts(other.run, step)
-        assert [(row.g, row.k, row.prompt, row.rewrite, row.latent_seed) for row in others] == [
-            (row.g, row.k, row.prompt, row.rewrite, row.latent_seed) for row in rows
-        ]
-        assert [row.reward for row in others] == pytest.approx([row.reward for row in rows], abs=1e-2)
-        assert [row.advantage for row in others] == pytest.approx([row.advantage for row in rows], abs=1e-2)
-        assert all(other.store.file(row.image).is_file() for row in others if row.image)
-        assert all(row.image and row.token_kl is not None for row in others if row.rewrite is not None)
-    for left, right in zip(one.store.evaluations(one.run), other.store.evaluations(other.run), strict=True):
-        assert (right.kind, right.step, right.split) == (left.kind, left.step, left.split)
-        items, others_items = one.store.evaluation_items(left.id), other.store.evaluation_items(right.id)
-        assert [(i.arm, i.prompt_id, i.index, i.rewrite) for i in others_items] == [
-            (i.arm, i.prompt_id, i.index, i.rewrite) for i in items
-        ]
-        assert [i.reward for i in others_items] == pytest.approx([i.reward for i in items], abs=1e-2)
-    # AdamW's first steps turn the sign of even the smallest gradient into a full step.
-    assert (learned(one) - learned(other)).norm() < 0.05 * learned(one).norm()
 
 
 @pytest.mark.slow
@@ -293,10 +174,8 @@ def test_a_run_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in_one_proce
         with start(TORCHRUN, "train", "--db", store.path, *flags(*SETTINGS)) as launcher:
             try:
                 wait_until(lambda: any(run.step for run in store.runs()), 250)
-                ranks = psutil.Process(launcher.pid).children()
-                (victim,) = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+                kill_second_rank(launcher)
                 killed = time.monotonic()
-                victim.kill()
                 wait_until(lambda: store.runs()[0].state == "failed")
                 assert time.monotonic() - killed < 60
                 launcher.communicate(timeout=60)
@@ -304,10 +183,111 @@ def test_a_run_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in_one_proce
                 launcher.kill()
         assert launcher.returncode != 0
         (run,) = store.runs()
-        sentence = r"Rank 1 of 2 \(process \d+ on .+\) died: no sign of life for \d+ seconds; resume the run\."
-        assert re.fullmatch(sentence, run.error or "")
+        assert re.fullmatch(DIED, run.error or "")
         assert execute(store, run.id) == "finished"
         assert_alike(single, Done(store, run.id))
+
+
+# -- a policy whose weights are shared out --------------------------------------------------------------------
+
+
+def test_ranks_with_a_share_each_compute_what_a_whole_policy_does() -> None:
+    """Though they sample rewrites of different lengths, learn from different numbers of groups, and one is asked."""
+    outcome = play("shares")
+    assert outcome.codes == [0, 0]
+    ranks = outcome.found["ranks"]
+    config = small().models.policy
+    size = policy_size(config.path)
+    assert size is not None
+    for rank in ranks:
+        assert rank["bytes"] == rank["whole_bytes"] - 4 * size.packable // 2, "half of every layer's matrices"
+        assert rank["lengths"] == [[10, 10], [1]]
+        assert rank["same_samples"]
+        assert rank["same_gradients"]
+        assert rank["same_fingerprint"]
+    assert [rank["learned_from"] for rank in ranks] == [2, 0]
+    assert ranks[0]["gradient"] > 0
+    assert ranks[1]["gradient"] is None, "empty passes leave no gradient"
+    assert ranks[1]["answers"] == ranks[1]["whole_answers"]
+
+
+def test_ranks_train_their_shares_of_all_weights_as_one_does_the_whole() -> None:
+    outcome = play("trained_shares")
+    assert outcome.codes == [0, 0]
+    size = policy_size(small().models.policy.path)
+    assert size is not None
+    for rank in outcome.found["ranks"]:
+        assert rank["bytes"] == rank["whole_bytes"] - 4 * size.packable // 2
+        assert rank["shared"] == 7 * size.layers
+        shared, whole = rank["norms"][::2], rank["norms"][1::2]
+        assert shared == pytest.approx(whole, rel=1e-5)
+        assert min(whole) > 0.5, "else nothing is clipped"
+        assert max(rank["far"].values()) < 1e-4
+
+
+def test_no_rank_exchanges_anything_before_the_others_have_come_to_it() -> None:
+    outcome = play("turns", size=3)
+    assert outcome.codes == [0, 0, 0]
+    made = outcome.found["ranks"]
+    assert [rank["own"] for rank in made] == [["learn", "forward"], ["forward", "forward", "forward"], []]
+    assert made[0]["passes"] == made[1]["passes"] == made[2]["passes"], "all passes are made by all, in one order"
+    assert made[0]["passes"].count("learn") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_of_shares_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in_one_process(
+    single: Done, tmp_path: Path
+) -> None:
+    with Store(tmp_path / "runs.db") as store:
+        with start(TORCHRUN, "train", "--db", store.path, *flags(*SETTINGS, SHARED)) as launcher:
+            try:
+                wait_until(lambda: any(run.step >= 2 for run in store.runs()), 250)
+                kill_second_rank(launcher)
+                killed = time.monotonic()
+                wait_until(lambda: store.runs()[0].state == "failed")
+                assert time.monotonic() - killed < 60
+                launcher.communicate(timeout=60)
+            finally:
+                launcher.kill()
+        (run,) = store.runs()
+        assert re.fullmatch(DIED, run.error or "")
+        (told,) = [event.message for event in store.events(run.id, limit=None) if event.kind == "sharding"]
+        here, whole = (float(number) for number in re.findall(r"[\d.]+\d", told))
+        assert here < whole
+        assert execute(store, run.id) == "finished", store.run(run.id).error
+        assert_alike(single, Done(store, run.id))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_weights_are_trained_in_shares_as_in_one_process_and_through_a_stop(tmp_path: Path) -> None:
+    settings = (*SETTINGS, "models.policy.adapter=full", "training.learning_rate=1e-6", "evaluation.greedy=false")
+    with Store(tmp_path / "runs.db") as store:
+        one = store.create_run(small(*settings))
+        assert execute(store, one) == "finished", store.run(one).error
+        with start(TORCHRUN, "train", "--db", store.path, *flags(*settings, SHARED)) as launcher:
+            try:
+                wait_until(lambda: any(run.step for run in store.runs() if run.id != one), 250)
+                launcher.send_signal(signal.SIGINT)
+                output, _ = launcher.communicate(timeout=100)
+            finally:
+                launcher.kill()
+        (run,) = [run for run in store.runs() if run.id != one]
+        assert run.state == "stopped", output
+        code, output = carry(TORCHRUN, "resume", run.id, "--db", store.path)
+        assert code == 0, output
+        assert_alike(Done(store, one), Done(store, run.id))
+
+
+def test_a_single_rank_that_shall_share_its_policy_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Plan(small(SHARED))
+    assert str(caught.value) == (
+        "placement.shard_policy is true, but a single rank has nobody to share its policy with; start several with "
+        "'torchrun --nproc-per-node 2 -m grpo_engine train', or set it to false."
+    )
+    assert Plan(small(SHARED), whole=True).memory.fits, "what several ranks began, one may go on with"
 
 
 # -- files for clusters --------------------------------------------------------------------------------------

@@ -662,6 +662,30 @@ def test_a_policy_of_4_bits_is_advised_where_the_whole_one_does_not_fit() -> Non
     assert weights.bytes == pytest.approx(2 * (8_291_375_616 - size.packable) + 0.516 * size.packable, rel=1e-3)
 
 
+def test_a_policy_shared_out_over_ranks_needs_its_share_and_the_layers_at_work() -> None:
+    config = RunConfig.load("three-gpu", ["placement.shard_policy=true"])
+    size = PUBLISHED_POLICIES[config.models.policy.path]
+    needed = {}
+    for ranks in (1, 2, 4):
+        gpus = {f"cuda:{index}": Memory(80 * GIB, 80 * GIB) for index in range(3)}
+        memory = {"cpu": ROOMY, **gpus}
+        plan = plan_memory(config, resolve(config.placement, list(memory)), memory=memory, sharers=ranks)
+        items = on(plan, "cuda:0")
+        needed[ranks] = size_of(items, "weights")
+        if ranks > 1:
+            assert size_of(items, "layers put together") == int(3 * 2 * size.packable / size.layers)
+    layers = 2 * size.packable
+    assert needed[1] - needed[2] == layers // 2
+    assert needed[1] - needed[4] == layers - layers // 4
+
+
+def test_where_ranks_hold_a_whole_policy_that_does_not_fit_sharing_it_out_is_advised() -> None:
+    config = RunConfig.load("three-gpu")
+    memory = {"cpu": ROOMY} | {f"cuda:{index}": Memory(gib * GIB, gib * GIB) for index, gib in enumerate((16, 80, 8))}
+    plan = plan_memory(config, resolve(config.placement, list(memory)), memory=memory, sharers=4)
+    assert ("placement.shard_policy=true",) in [advice.settings for advice in plan.advice]
+
+
 def test_memory_that_others_use_is_named_as_a_way_out() -> None:
     config = RunConfig.load("tiny")
     memory = {"cpu": Memory(GIB // 2, 8 * GIB)}
