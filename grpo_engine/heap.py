@@ -6,8 +6,8 @@ glibc don't fit into holes of their own size, and a run of the embedded models, 
 25 steps. With a threshold of our own, what a process holds is what its tensors need, and a plan can be true.
 
 Blocks that come from the system are zeroed page by page, which in pages of 4 KiB would cost up to a tenth of the time.
-So PyTorch is asked to mark its large tensors for pages of 2 MiB (``THP_MEM_ALLOC_ENABLE``), which it looks up once, when
-it makes its first tensor. Where the system allows no such pages it is slower by that much; without glibc nothing here
+So PyTorch is asked to mark its large tensors for pages of 2 MiB (``THP_MEM_ALLOC_ENABLE``, which it looks up once, when
+it makes its first tensor). Where the system allows no such pages it is slower by that much; without glibc nothing here
 has an effect.
 """
 
@@ -17,7 +17,7 @@ import ctypes
 import os
 
 LARGE = 2 * 2**20  # bytes; PyTorch marks blocks from this size on, so whatever comes by itself has large pages
-KEPT = 4 * 2**20  # bytes that may stay free at the heap's end, so that it does not shrink and grow for every small block
+KEPT = 4 * 2**20  # bytes that may stay free at the heap's end, else it would shrink and grow all the time
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
