@@ -31,13 +31,21 @@ CLIP_COPIES = 12  # tensors (B, tokens, width) alive at once in a block of the v
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the plan; ``bytes`` None = unknown. ``counted`` is false where a larger phase stands for it."""
+    """One line of the plan.
+
+    Attributes:
+        bytes: None = unknown.
+        counted: false where a larger phase stands for it.
+        block: bytes of one of the tensors that it mostly consists of; None = they are large. In the CPU's memory small
+            ones stay with the process's heap when they are free, see ``heap.py``.
+    """
 
     part: str
     what: str
     bytes: int | None
     kind: Kind
     counted: bool = True
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,9 @@ def _weights(part: str, what: str, weights: Weights, dtype: torch.dtype) -> Item
     return Item(part, f"{what} in {str(dtype).removeprefix('torch.')}", weights.bytes(dtype), KINDS[weights.source])
 
 
-def _estimate(part: str, what: str, amount: float) -> Item:
-    return Item(part, what, int(amount), "estimate")
+def estimate(part: str, what: str, amount: float, block: float | None = None) -> Item:
+    """An item of ``amount`` bytes in tensors of ``block`` bytes, see :class:`Item`."""
+    return Item(part, what, int(amount), "estimate", block=None if block is None else int(block))
 
 
 def policy_needs(config: RunConfig, device: torch.device, head: int, size: PolicySize | None) -> Needs:
@@ -87,7 +96,7 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
         stays = [weights, Item("policy", "adapter, its gradients and AdamW's two moments", 4 * state, "exact")]
         if packed:
             layer = size.hidden * size.intermediate * dtype.itemsize
-            stays.append(_estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
+            stays.append(estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
     else:
         state = dtype.itemsize * (size.weights.elements - size.vision)
         stays = [
@@ -100,7 +109,7 @@ def policy_needs(config: RunConfig, device: torch.device, head: int, size: Polic
         *_update(config, size, dtype.itemsize, head),
     ]
     if device.type == "cuda":  # there AdamW takes the square roots of all second moments at once
-        phases.append([_estimate("policy", "AdamW step", state)])
+        phases.append([estimate("policy", "AdamW step", state)])
     asked = config.evaluation.judge in ("auto", "vqa") or config.models.reward.weights.vqa != 0
     if asked and size.pixels_per_token:
         phases.append(_judging(config, size, dtype.itemsize, head))
@@ -137,21 +146,52 @@ def _sampling(config: RunConfig, size: PolicySize, width: int, head: int) -> lis
         logits = (width + 2 * WIDE) * size.vocabulary + 60 * kept
     else:  # sampler.whole_logprobs and draw_token, which may have to sort them all
         logits = (width + 15 * WIDE) * size.vocabulary
+    one_layer = rows * (head + tail) * size.kv_heads * size.head_dim * width  # its keys, or its values
+    read = prompts * head * size.intermediate * width
     return [
-        _estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied)),
-        _estimate("policy", f"prompts of {prompts} groups", prompts * head * layer),
-        _estimate("policy", f"logits of {rows} rows", rows * logits),
-        _estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * 3 if truncated else 0),
+        estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied), one_layer),
+        estimate("policy", f"prompts of {prompts} groups", prompts * head * layer, read),
+        estimate("policy", f"logits of {rows} rows", rows * logits, rows * WIDE * size.vocabulary),
+        estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * 3 * truncated, rows * kept * 8),
     ]
 
 
+@dataclass(frozen=True)
+class UpdatePass:
+    """What goes through the policy together in one forward and backward pass of the update: its memory follows from it.
+
+    Attributes:
+        rows: rewrites, of all groups in the pass.
+        groups: whose prompts go through once each, before their rewrites.
+    """
+
+    rows: int
+    groups: int = 1
+
+    def tokens(self, head: int, tail: int) -> int:
+        """That go through a layer, with prompts of ``head`` tokens and rewrites of ``tail``: nothing follows a last."""
+        return self.groups * head + self.rows * (tail - 1)
+
+    def keys(self, head: int, tail: int) -> int:
+        """That are attended to: a prompt's are there for itself, and again for each of its rows."""
+        return self.groups * head + self.rows * (head + tail - 1)
+
+    def pairs(self, head: int, tail: int) -> int:
+        """Tokens times the keys that each sees."""
+        return self.groups * head**2 + self.rows * (tail - 1) * (head + tail - 1)
+
+
+def update_pass(config: RunConfig) -> UpdatePass:
+    """The largest pass of ``PureGRPOTrainer.update``: some rewrites of one group, or all of them."""
+    group = config.sampling.num_rollouts
+    return UpdatePass(rows=min(config.training.update_rows or group, group))
+
+
 def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[list[Item]]:
-    """``PureGRPOTrainer._part_loss``: some rewrites of a group forward, then backward, together."""
-    group, tail = config.sampling.num_rollouts, config.sampling.max_new_tokens
-    rows = min(config.training.update_rows or group, group)
-    last = head + tail - 1  # the prompt goes through once; its keys and values are repeated for the rows
-    tokens, keys = head + rows * (tail - 1), head + rows * last
-    layer = saved_by_layer(config, size, width, tokens, keys, head**2 + rows * (tail - 1) * last)
+    """``PureGRPOTrainer._part_loss``: rewrites forward, then backward, together."""
+    tail, together = config.sampling.max_new_tokens, update_pass(config)
+    rows, tokens = together.rows, together.tokens(head, tail)
+    layer = saved_by_layer(config, size, width, tokens, together.keys(head, tail), together.pairs(head, tail))
     if config.models.policy.gradient_checkpointing:  # every layer's input; the rest of a layer when it is at work
         recomputed = layer
         kept = size.layers * size.hidden * width * tokens
@@ -162,11 +202,15 @@ def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[
     # Copies of (N, V) in sampler.truncated_logprobs and its backward pass: the whole distribution, or a few sets.
     logits = (width + 3 * WIDE) * size.vocabulary + 45 * most if truncated else (width + 26) * size.vocabulary
     measured = min(config.training.logit_chunk or rows * tail, rows * tail)
-    activations = _estimate("policy", f"activations of {rows} rows, {tokens} tokens", kept + ends)
+    one, inner = tokens * size.hidden * WIDE, tokens * size.intermediate * width
+    activations = estimate("policy", f"activations of {rows} rows, {tokens} tokens", kept + ends, one)
     working = tokens * (3 * width + 2 * WIDE) * size.intermediate
+    distribution = estimate(
+        "policy", f"logits of {measured} tokens", measured * logits, measured * WIDE * size.vocabulary
+    )
     return [
-        [activations, _estimate("policy", f"logits of {measured} tokens", measured * logits)],
-        [activations, _estimate("policy", "backward pass of one layer", recomputed + working)],
+        [activations, distribution],
+        [activations, estimate("policy", "backward pass of one layer", recomputed + working, inner)],
     ]
 
 
@@ -175,7 +219,8 @@ def _judging(config: RunConfig, size: PolicySize, width: int, head: int) -> list
     seen = config.models.image.resolution**2 // size.pixels_per_token
     tower = 4 * seen * size.vision_width * 14 * width  # four patches a token; 14 tensors alive, 8 of them the MLP's
     read = (seen + head) * sum(_per_token(size, width))
-    return [_estimate("policy", f"judging a picture of {seen} tokens", tower + read)]
+    one = 4 * seen * size.vision_width * width
+    return [estimate("policy", f"judging a picture of {seen} tokens", tower + read, one)]
 
 
 def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int, keys: int, pairs: int) -> int:
@@ -231,7 +276,7 @@ def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None)
     read = family.text_tokens(settings, size.text_tokens)
     if family.EMBEDDING_CACHE:
         texts = family.EMBEDDING_CACHE * read * size.text_width * dtype.itemsize
-        stays.append(_estimate("image model", f"{family.EMBEDDING_CACHE} remembered prompt embeddings", texts))
+        stays.append(estimate("image model", f"{family.EMBEDDING_CACHE} remembered prompt embeddings", texts))
     batch, passes = settings.batch_size, family.passes(settings)
     side = settings.resolution // size.vae_factor
     latents = batch * size.latent_channels * side**2 * WIDE * 4  # noise, present, predicted, next
@@ -247,13 +292,12 @@ def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None)
     colours = 4 * finished * settings.resolution**2 * 3 * WIDE  # put together and scaled to whole numbers
     square = f"{settings.resolution} x {settings.resolution}"
     denoising = [
-        _estimate("image model", f"denoising {batch} pictures of {square}", denoised),
-        _estimate("image model", "their latents and prompt embeddings", latents + embedded),
+        estimate("image model", f"denoising {batch} pictures of {square}", denoised, denoised / size.copies),
+        estimate("image model", "their latents and prompt embeddings", latents + embedded, latents / 4),
     ]
     in_tiles = f" in tiles of {tile}" if tile < settings.resolution else ""
-    decoding = [
-        _estimate("image model", f"decoding {at_once} pictures of {square}{in_tiles}", decoded + colours + latents)
-    ]
+    what = f"decoding {at_once} pictures of {square}{in_tiles}"
+    decoding = [estimate("image model", what, decoded + colours + latents, decoded / DECODER_COPIES)]
     return Needs("image model", stays, [denoising, decoding], through_host, on_host)
 
 
@@ -266,5 +310,5 @@ def reward_needs(config: RunConfig, device: torch.device, size: RewardSize | Non
     batch = min(settings.batch_size, max(config.sampling.num_rollouts, config.models.image.batch_size))
     pixels = 3 * WIDE * 2 * (config.models.image.resolution**2 + size.image_size**2)
     blocks = CLIP_COPIES * size.tokens * size.width * dtype.itemsize
-    scoring = _estimate("reward", f"scoring {batch} pictures", batch * (pixels + blocks))
+    scoring = estimate("reward", f"scoring {batch} pictures", batch * (pixels + blocks), batch * blocks / CLIP_COPIES)
     return Needs("reward", [_weights("reward", "weights", size.weights, dtype)], [[scoring]])
