@@ -195,6 +195,10 @@ def print_report(summary: Mapping[str, Any]) -> None:
             f"{100 * judge_gain['low']:+.1f} to {100 * judge_gain['high']:+.1f}" if judge_gain else "",
         )
     console.print(gains)
+    for name, arm in arms.items():
+        if cut := arm.get("cut_share"):  # older summaries have none
+            who = ARM_NAMES.get(name, name)
+            console.print(f"{who}: {_share(cut)} of the texts end with words that the image model does not read.")
     if "sentence" in summary:
         console.print(summary["sentence"], highlight=False, markup=False)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .config import RunConfig
 from .environment import PureGRPOPromptEnvironment, parse_rewrite
-from .image_model import RenderJob
+from .image_model import RenderJob, read_length
 from .judge import Judge, Judgement
 from .policy import Poll, no_poll
 from .prompts import Prompt
@@ -120,10 +120,13 @@ class Evaluator:
             verdicts = self.judge.judge([pictures[i] for i in seen], [rows[i][0] for i in seen])  # type: ignore[misc]
             for index, verdict in zip(seen, verdicts, strict=True):
                 judgements[index] = verdict
+        cut_tokens = self.environment.images.cut_tokens
+        read = {text: (cut_tokens(text), read_length(text, cut_tokens)) for text in {job.text for job in jobs}}
         for (prompt, index, seed, text), picture, score, judgement in zip(
             rows, pictures, scores, judgements, strict=True
         ):
             failed = self.judge is not None and picture is None
+            cut, length = (None, None) if text is None else read[text]
             yield EvaluationItem(
                 arm=arm,
                 prompt_id=prompt.id,
@@ -136,6 +139,8 @@ class Evaluator:
                 judge=judgement.score if judgement else (0.0 if failed else None),
                 judge_parts=judgement.parts if judgement else {},
                 picture=picture,
+                cut_tokens=cut,
+                read_chars=length,
             )
 
 
@@ -241,8 +246,15 @@ def _arm_summary(items: Sequence[EvaluationItem], judged: bool) -> dict[str, Any
         "kinds": {kind: right[kind] / asked[kind] for kind in asked},
         "tiers": {tier: float(np.mean([item.score.total for item in items if item.tier == tier])) for tier in tiers},
         "failures": sum(item.rewrite is None for item in items),
+        "cut_share": _cut_share(items),
         "pictures": len(items),
     }
+
+
+def _cut_share(items: Sequence[EvaluationItem]) -> float | None:
+    """Of the texts that were drawn, those with a tail that the image model can't read; None where that is not known."""
+    cut = [item.cut_tokens for item in items if item.rewrite is not None]
+    return float(np.mean([count > 0 for count in cut if count is not None])) if cut and None not in cut else None
 
 
 def _compare(

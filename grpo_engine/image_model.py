@@ -6,6 +6,7 @@ and a line in its ``FAMILIES``.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from .image_families.base import PipelineModel
 from .policy import Poll, no_poll
 from .rollout import Picture, RenderJob
 
-__all__ = ["FAMILIES", "ImageModel", "RenderJob", "StableDiffusion3", "load_image_model"]
+__all__ = ["FAMILIES", "ImageModel", "RenderJob", "StableDiffusion3", "load_image_model", "read_length"]
 
 
 class ImageModel(Protocol):
@@ -33,6 +34,31 @@ class ImageModel(Protocol):
 
     def cut_tokens(self, text: str) -> int:
         """How many tokens at the end of ``text`` the model cannot read."""
+
+
+def read_length(text: str, cut_tokens: Callable[[str], int]) -> int:
+    """How many characters of ``text`` an image model reads; what follows are the tokens that it cuts off.
+
+    Asks the model's own ``cut_tokens``, so whatever reads there, and however: first for whole words, which no tokenizer
+    joins, then for a part of the next one.
+    """
+    if not cut_tokens(text):
+        return len(text)
+    ends = [0, *(word.end() for word in re.finditer(r"\s*\S+", text))]
+    words = _most(len(ends) - 1, lambda count: not cut_tokens(text[: ends[count]]))
+    begun = ends[words]
+    rest = ends[min(words + 1, len(ends) - 1)] - begun
+    read = begun + _most(rest, lambda count: not cut_tokens(text[: begun + count]))
+    return len(text[:read].rstrip())
+
+
+def _most(limit: int, holds: Callable[[int], bool]) -> int:
+    """The largest of 0..limit for which ``holds``, where it does up to some number (0 is not tried) and then never."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 def load_image_model(path: str, config: ImageModelConfig, device: torch.device, dtype: torch.dtype) -> PipelineModel:

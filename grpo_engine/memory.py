@@ -1,8 +1,9 @@
 """The memory plan: what a run needs on each device against what is there, before any model loads.
 
-``memory_needs.py`` says what each model needs. On one device the phases of a step take turns, so only the
-largest of them counts there. :meth:`MemoryPlan.require` refuses a run that can't fit, and says which settings
-would make it fit: each was planned again with that setting, so the advice is as true as the plan.
+``memory_needs.py`` says what each model needs, ``memory_host.py`` what the process needs besides. On one device the
+phases of a step take turns, so only the largest of them counts there. :meth:`MemoryPlan.require` refuses a run that
+can't fit, and says which settings would make it fit: each was planned again with that setting, so the advice is as
+true as the plan.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import psutil
 import torch
 
 from .config import ConfigError, RunConfig
+from .memory_host import at_once, picture_needs, process_needs
 from .memory_needs import Item, Needs, image_needs, policy_needs, reward_needs, total
 from .model_sizes import ModelSizes, prompt_tokens, read_sizes
 from .placement import PLANS, Placement, available_devices, resolve
 
 GIB = 2**30
-PROCESS = 1.1 * GIB  # Python, torch, transformers, diffusers and open_clip, resident
 AUTO_SHARE = 0.85  # of the free memory that ``models.image.batch_size=0`` may fill: estimates are that good
 CUDA_CONTEXT = 0.6 * GIB  # of one process on one GPU, with cuBLAS and cuDNN
 
@@ -291,7 +292,7 @@ def _planned(
                 for device, need in placed
                 if device.type != "cpu"
             ]
-            needs.append(Needs("pictures", [_remembered(config)]))
+            needs = [process_needs(config, placement), *needs, picture_needs(config)]
         together = config.training.streaming == "always" and name == str(placement.policy)
         devices.append(_device_plan(name, needs, memory.get(name), together=together))
     return MemoryPlan(tuple(devices), config.models.image.batch_size, sizes.notes)
@@ -301,20 +302,14 @@ def _passing(need: Needs, device: torch.device) -> Item:
     return Item(need.part, f"weights converted on their way to {device}", need.through_host, "estimate")
 
 
-def _remembered(config: RunConfig) -> Item:
-    """Pictures of evaluations that are kept to be used again, see ``rendering.RenderCache``."""
-    evaluation = config.evaluation
-    arms = 5 * (evaluation.prompts + (evaluation.validation_prompts if evaluation.every else 0))
-    size = arms * evaluation.images_per_prompt * 3 * config.models.image.resolution**2
-    return Item("pictures", "remembered of evaluations", min(size, config.models.image.cache_mb * 10**6), "estimate")
-
-
 def _device_plan(device: str, needs: list[Needs], memory: Memory | None, *, together: bool) -> DevicePlan:
     """Models on one device take turns, unless streaming makes them work ``together``."""
-    base, what = (PROCESS, "Python") if device == "cpu" else (CUDA_CONTEXT, "CUDA")
-    items = [Item("process", f"{what} and its libraries", int(base), "estimate")]
-    heaviest = [max(need.phases, key=total, default=[]) for need in needs]
-    largest = [item for phase in heaviest for item in phase] if together else max(heaviest, key=total, default=[])
+    items = [] if device == "cpu" else [Item("process", "CUDA and its libraries", int(CUDA_CONTEXT), "estimate")]
+    phases = [phase for need in needs for phase in need.phases]
+    if together:
+        heaviest = [max(need.phases, key=total, default=[]) for need in needs]
+        phases = [[item for phase in heaviest for item in phase]]
+    largest = at_once(phases, device)
     for need in needs:
         items += need.stays
         in_turn = dict.fromkeys(item for phase in need.phases for item in phase)  # some belong to several phases

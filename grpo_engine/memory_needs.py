@@ -7,6 +7,7 @@ chunks; encoding one text at a time is too little to count. Pure arithmetic on :
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -32,13 +33,21 @@ CLIP_COPIES = 12  # tensors (B, tokens, width) alive at once in a block of the v
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the plan; ``bytes`` None = unknown. ``counted`` is false where a larger phase stands for it."""
+    """One line of the plan.
+
+    Attributes:
+        bytes: None = unknown.
+        counted: false where a larger phase stands for it.
+        block: bytes of one of the tensors that it mostly consists of; None = they are large. In the CPU's memory small
+            ones stay with the process's heap when they are free, see ``heap.py``.
+    """
 
     part: str
     what: str
     bytes: int | None
     kind: Kind
     counted: bool = True
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,9 @@ def _weights(part: str, what: str, weights: Weights, dtype: torch.dtype) -> Item
     return Item(part, f"{what} in {str(dtype).removeprefix('torch.')}", weights.bytes(dtype), KINDS[weights.source])
 
 
-def _estimate(part: str, what: str, amount: float) -> Item:
-    return Item(part, what, int(amount), "estimate")
+def estimate(part: str, what: str, amount: float, block: float | None = None) -> Item:
+    """An item of ``amount`` bytes in tensors of ``block`` bytes, see :class:`Item`."""
+    return Item(part, what, int(amount), "estimate", block=None if block is None else int(block))
 
 
 def policy_needs(
@@ -98,13 +108,13 @@ def policy_needs(
         weights = replace(weights, what=f"{weights.what}, 1/{sharers} of every layer", bytes=own)
         # At work, together with what it is put together from, beside the next one on its way; gradients twice too.
         copies = GATHERED + 2 * (settings.adapter == "full")
-        gathered = [_estimate("policy", "layers put together to compute with", copies * layers / size.layers)]
+        gathered = [estimate("policy", "layers put together to compute with", copies * layers / size.layers)]
     if settings.adapter == "lora":
         state = WIDE * size.adapter(settings.lora.rank, settings.lora.targets)  # peft keeps adapters in float32
         stays = [weights, Item("policy", "adapter, its gradients and AdamW's two moments", 4 * state, "exact")]
         if packed:
             layer = size.hidden * size.intermediate * dtype.itemsize
-            stays.append(_estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
+            stays.append(estimate("policy", "weights of a layer unpacked to compute with", 2 * layer))
     else:
         state = dtype.itemsize * (size.weights.elements - size.vision - size.packable + size.packable // sharers)
         through_host += size.weights.bytes(dtype) if sharers > 1 else 0  # the untouched copy is made there
@@ -119,12 +129,12 @@ def policy_needs(
         *_update(config, size, dtype.itemsize, head),
     ]
     if device.type == "cuda":  # there AdamW takes the square roots of all second moments at once
-        phases.append([_estimate("policy", "AdamW step", state)])
+        phases.append([estimate("policy", "AdamW step", state)])
     asked = config.evaluation.judge in ("auto", "vqa") or config.models.reward.weights.vqa != 0
     if asked and size.pixels_per_token:
         phases.append(_judging(config, size, dtype.itemsize, head))
     if device.type == "cpu" and sharers > 1:
-        phases.append([_estimate("policy", "whole, before it is shared out", through_host)])
+        phases.append([estimate("policy", "whole, before it is shared out", through_host)])
     return Needs("policy", stays, phases, through_host)
 
 
@@ -151,28 +161,60 @@ def _sampling(config: RunConfig, size: PolicySize, width: int, head: int) -> lis
     rows, prompts = max((chunk * config.sampling.num_rollouts, chunk), (shown * max(1, evaluation.samples), shown))
     truncated, kept = _kept(config, size)
     cache, layer = _per_token(size, width)
-    # One layer's keys and values are there twice as they grow by a token, and repeated for all query heads.
-    repeated = size.heads if size.heads > size.kv_heads else 0
-    copied = 2 * (size.kv_heads + repeated) * size.head_dim * width
+    # They are written to their places; one layer's are repeated for all query heads where those are more.
+    copied = 2 * (size.heads if size.heads > size.kv_heads else 0) * size.head_dim * width
     if truncated:  # sampler.truncate and draw
         logits = (width + 2 * WIDE) * size.vocabulary + 60 * kept
     else:  # sampler.whole_logprobs and draw
         logits = (width + 15 * WIDE) * size.vocabulary
+    one_layer = rows * (head + tail) * size.kv_heads * size.head_dim * width  # its keys, or its values
+    read = prompts * head * size.intermediate * width
     return [
-        _estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied)),
-        _estimate("policy", f"prompts of {prompts} groups", prompts * head * layer),
-        _estimate("policy", f"logits of {rows} rows", rows * logits),
-        _estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * 3 if truncated else 0),
+        estimate("policy", f"key-value cache of {rows} rows", rows * (head + tail) * (cache + copied), one_layer),
+        estimate("policy", f"prompts of {prompts} groups", prompts * head * layer, read),
+        estimate("policy", f"logits of {rows} rows", rows * logits, rows * WIDE * size.vocabulary),
+        estimate("policy", "kept sets of the sampled tokens", rows * tail * kept * 8 * 3 * truncated, rows * kept * 8),
     ]
 
 
+@dataclass(frozen=True)
+class UpdatePass:
+    """What goes through the policy together in one forward and backward pass of the update: its memory follows from it.
+
+    Attributes:
+        rows: rewrites, of all groups in the pass.
+        groups: whose prompts go through once each, before their rewrites.
+    """
+
+    rows: int
+    groups: int = 1
+
+    def tokens(self, head: int, tail: int) -> int:
+        """That go through a layer, with prompts of ``head`` tokens and rewrites of ``tail``: nothing follows a last."""
+        return self.groups * head + self.rows * (tail - 1)
+
+    def keys(self, head: int, tail: int) -> int:
+        """That are attended to: a prompt's are there for itself, and again for each of its rows."""
+        return self.groups * head + self.rows * (head + tail - 1)
+
+    def pairs(self, head: int, tail: int) -> int:
+        """Tokens times the keys that each sees."""
+        return self.groups * head**2 + self.rows * (tail - 1) * (head + tail - 1)
+
+
+def update_pass(config: RunConfig) -> UpdatePass:
+    """The largest pass of ``PureGRPOTrainer.update``: some rewrites of one group, all of them, or several groups."""
+    group, training = config.sampling.num_rollouts, config.training
+    rows = training.update_rows or group
+    groups = min(max(1, rows // group), math.ceil(training.batch_size / training.minibatches))
+    return UpdatePass(rows=min(rows, groups * group), groups=groups)
+
+
 def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[list[Item]]:
-    """``PureGRPOTrainer._part_loss``: some rewrites of a group forward, then backward, together."""
-    group, tail = config.sampling.num_rollouts, config.sampling.max_new_tokens
-    rows = min(config.training.update_rows or group, group)
-    last = head + tail - 1  # the prompt goes through once; its keys and values are repeated for the rows
-    tokens, keys = head + rows * (tail - 1), head + rows * last
-    layer = saved_by_layer(config, size, width, tokens, keys, head**2 + rows * (tail - 1) * last)
+    """``PureGRPOTrainer._pass_loss``: rewrites forward, then backward, together."""
+    tail, together = config.sampling.max_new_tokens, update_pass(config)
+    rows, tokens = together.rows, together.tokens(head, tail)
+    layer = saved_by_layer(config, size, width, tokens, together.keys(head, tail), together.pairs(head, tail))
     if config.models.policy.gradient_checkpointing:  # every layer's input; the rest of a layer when it is at work
         recomputed = layer
         kept = size.layers * size.hidden * width * tokens
@@ -183,11 +225,15 @@ def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[
     # Copies of (N, V) in sampler.truncated_logprobs and its backward pass: the whole distribution, or a few sets.
     logits = (width + 3 * WIDE) * size.vocabulary + 45 * most if truncated else (width + 26) * size.vocabulary
     measured = min(config.training.logit_chunk or rows * tail, rows * tail)
-    activations = _estimate("policy", f"activations of {rows} rows, {tokens} tokens", kept + ends)
+    one, inner = tokens * size.hidden * WIDE, tokens * size.intermediate * width
+    activations = estimate("policy", f"activations of {rows} rows, {tokens} tokens", kept + ends, one)
     working = tokens * (3 * width + 2 * WIDE) * size.intermediate
+    distribution = estimate(
+        "policy", f"logits of {measured} tokens", measured * logits, measured * WIDE * size.vocabulary
+    )
     return [
-        [activations, _estimate("policy", f"logits of {measured} tokens", measured * logits)],
-        [activations, _estimate("policy", "backward pass of one layer", recomputed + working)],
+        [activations, distribution],
+        [activations, estimate("policy", "backward pass of one layer", recomputed + working, inner)],
     ]
 
 
@@ -196,7 +242,8 @@ def _judging(config: RunConfig, size: PolicySize, width: int, head: int) -> list
     seen = config.models.image.resolution**2 // size.pixels_per_token
     tower = 4 * seen * size.vision_width * 14 * width  # four patches a token; 14 tensors alive, 8 of them the MLP's
     read = (seen + head) * sum(_per_token(size, width))
-    return [_estimate("policy", f"judging a picture of {seen} tokens", tower + read)]
+    one = 4 * seen * size.vision_width * width
+    return [estimate("policy", f"judging a picture of {seen} tokens", tower + read, one)]
 
 
 def saved_by_layer(config: RunConfig, size: PolicySize, width: int, tokens: int, keys: int, pairs: int) -> int:
@@ -252,7 +299,7 @@ def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None)
     read = family.text_tokens(settings, size.text_tokens)
     if family.EMBEDDING_CACHE:
         texts = family.EMBEDDING_CACHE * read * size.text_width * dtype.itemsize
-        stays.append(_estimate("image model", f"{family.EMBEDDING_CACHE} remembered prompt embeddings", texts))
+        stays.append(estimate("image model", f"{family.EMBEDDING_CACHE} remembered prompt embeddings", texts))
     batch, passes = settings.batch_size, family.passes(settings)
     side = settings.resolution // size.vae_factor
     latents = batch * size.latent_channels * side**2 * WIDE * 4  # noise, present, predicted, next
@@ -268,13 +315,12 @@ def image_needs(config: RunConfig, device: torch.device, size: ImageSize | None)
     colours = 4 * finished * settings.resolution**2 * 3 * WIDE  # put together and scaled to whole numbers
     square = f"{settings.resolution} x {settings.resolution}"
     denoising = [
-        _estimate("image model", f"denoising {batch} pictures of {square}", denoised),
-        _estimate("image model", "their latents and prompt embeddings", latents + embedded),
+        estimate("image model", f"denoising {batch} pictures of {square}", denoised, denoised / size.copies),
+        estimate("image model", "their latents and prompt embeddings", latents + embedded, latents / 4),
     ]
     in_tiles = f" in tiles of {tile}" if tile < settings.resolution else ""
-    decoding = [
-        _estimate("image model", f"decoding {at_once} pictures of {square}{in_tiles}", decoded + colours + latents)
-    ]
+    what = f"decoding {at_once} pictures of {square}{in_tiles}"
+    decoding = [estimate("image model", what, decoded + colours + latents, decoded / DECODER_COPIES)]
     return Needs("image model", stays, [denoising, decoding], through_host, on_host)
 
 
@@ -287,5 +333,5 @@ def reward_needs(config: RunConfig, device: torch.device, size: RewardSize | Non
     batch = min(settings.batch_size, max(config.sampling.num_rollouts, config.models.image.batch_size))
     pixels = 3 * WIDE * 2 * (config.models.image.resolution**2 + size.image_size**2)
     blocks = CLIP_COPIES * size.tokens * size.width * dtype.itemsize
-    scoring = _estimate("reward", f"scoring {batch} pictures", batch * (pixels + blocks))
+    scoring = estimate("reward", f"scoring {batch} pictures", batch * (pixels + blocks), batch * blocks / CLIP_COPIES)
     return Needs("reward", [_weights("reward", "weights", size.weights, dtype)], [[scoring]])

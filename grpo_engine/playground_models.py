@@ -20,7 +20,7 @@ from . import hub
 from .checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from .config import ConfigError, RunConfig
 from .environment import parse_rewrite
-from .image_model import ImageModel, RenderJob
+from .image_model import ImageModel, RenderJob, read_length
 from .judge import CheckerJudge, Judge, VqaJudge
 from .loading import load_images, load_policy, load_reward, prompt_token_limit
 from .memory import plan_memory
@@ -149,8 +149,8 @@ class PlaygroundModels:
             facts: dict[str, Any] = {}
             try:
                 text = self._rewrite(column, asked, config, placement, facts, told, poll)
-                if unread := self._painter[1].cut_tokens(text) if self._painter and text else 0:
-                    facts["cut"] = unread
+                if self._painter and text and (cut := self._painter[1].cut_tokens(text)):
+                    facts["cut"], facts["unread"] = cut, text[read_length(text, self._painter[1].cut_tokens) :]
             except PlaygroundCrowded:
                 raise
             except (PlaygroundError, CheckpointError, ConfigError) as problem:

@@ -88,6 +88,8 @@ class EvaluationItem:
     judge: float | None  # 0..1
     judge_parts: Mapping[str, Sequence[int]]  # kind of attribute -> (right, asked)
     picture: Picture | None
+    cut_tokens: int | None = None  # at the end of the rewrite that the image model can't read; None = not known
+    read_chars: int | None = None  # characters of the rewrite that it does read
 
 
 @dataclass(frozen=True)

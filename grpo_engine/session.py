@@ -462,6 +462,8 @@ def _as_item(row: Any) -> EvaluationItem:
         judge=row.judge,
         judge_parts=row.judge_parts,
         picture=None,
+        cut_tokens=row.cut_tokens,
+        read_chars=row.read_chars,
     )
 
 

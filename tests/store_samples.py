@@ -80,7 +80,21 @@ def fill(store: Store, run_id: str, steps: int) -> None:
 def item(prompt_id: str, arm: str = "trained", index: int = 0, shown: Picture | None = None) -> EvaluationItem:
     score = Score({"clip": 31.5, "length": math.nan}, 31.5)
     parts = {"color": (1, 2)}
-    return EvaluationItem(arm, prompt_id, "a cat", "basic", index, 2**63 + 5, "a big cat", score, 0.5, parts, shown)
+    return EvaluationItem(
+        arm,
+        prompt_id,
+        "a cat",
+        "basic",
+        index,
+        2**63 + 5,
+        "a big cat",
+        score,
+        0.5,
+        parts,
+        shown,
+        cut_tokens=1,
+        read_chars=6,
+    )
 
 
 def evaluation(kind: str, step: int, *items: EvaluationItem) -> Evaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,15 @@ def test_values_are_averaged_within_a_prompt_first() -> None:
     assert by_prompt(items, lambda entry: entry.score.total) == {"a": 2.0, "b": 7.0}
 
 
+def test_the_share_of_cut_texts_is_over_those_that_were_drawn() -> None:
+    items = [replace(item("trained", f"p{place}", 1.0), cut_tokens=cut) for place, cut in enumerate((0, 3, 0, 1))] + [
+        item("trained", "failed", 0.0, rewrite=None)
+    ]
+    assert summarise(items, small())["arms"]["trained"]["cut_share"] == 0.5
+    only_failures = summarise([item("trained", "failed", 0.0, rewrite=None)], small())
+    assert only_failures["arms"]["trained"]["cut_share"] is None
+
+
 def test_the_summary_of_hand_made_items() -> None:
     items = [
         item("original", "a", 10.0, judge=0.5, kinds={"color": (1, 2)}),
@@ -185,6 +195,7 @@ def test_the_summary_of_hand_made_items() -> None:
     assert original["kinds"] == {"color": pytest.approx(2 / 3), "shape": 0.0}
     assert original["judge"] == 0.75
     assert original["parts"] == {"clip": 15.0, "format": 1.0}
+    assert original["cut_share"] is None, "recorded before what is cut was counted"
     assert (untrained["pictures"], untrained["failures"]) == (3, 1)
     assert untrained["reward"] == pytest.approx(34 / 3)
     assert (trained["pictures"], trained["failures"]) == (2, 0)
@@ -298,6 +309,20 @@ def test_every_arm_measures_each_prompt_on_the_same_latents() -> None:
     assert [entry.rewrite for entry in arms["trained"]] != [entry.rewrite for entry in arms["untrained"]]
     greedy = [entry.rewrite for entry in arms["trained_greedy"]]
     assert greedy[::2] == greedy[1::2], "one greedy rewrite, on both latents"
+    for entry in (entry for items in arms.values() for entry in items if entry.rewrite is not None):
+        assert entry.cut_tokens == loaded.images.cut_tokens(entry.rewrite)
+
+
+def test_what_the_image_model_did_not_read_is_measured_with_every_picture() -> None:
+    measured, loaded, config = evaluator("evaluation.prompts=2", "evaluation.images_per_prompt=1")
+    short, long = measured.prompts
+    measured.prompts = [short, replace(long, text=" ".join(["red"] * 40))]
+    items = measured.measure("original")
+    assert (items[0].cut_tokens, items[0].read_chars) == (0, len(short.text))
+    cut, read = items[1].cut_tokens, items[1].read_chars
+    assert cut is not None and cut > 0
+    assert read == len(" ".join(["red"] * (40 - cut))), "a token a word"
+    assert summarise(items, config)["arms"]["original"]["cut_share"] == 0.5
 
 
 def test_the_untrained_arms_do_not_notice_the_training() -> None:

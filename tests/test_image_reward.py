@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from grpo_engine.config import ImageModelConfig, RewardModelConfig, RewardWeights
 from grpo_engine.environment import PureGRPOPromptEnvironment
-from grpo_engine.image_model import RenderJob, StableDiffusion3
+from grpo_engine.image_model import RenderJob, StableDiffusion3, read_length
 from grpo_engine.loading import model_folder
 from grpo_engine.reward import ClipScorer, RewardModel
 from grpo_engine.rollout import Picture
@@ -160,6 +163,32 @@ def test_words_beyond_the_image_models_limit_are_counted_and_unseen(images: Call
         [RenderJob(" ".join(["red"] * (room - 1)), 1), RenderJob(" ".join(["red"] * (room - 1) + ["star"]), 1)]
     )
     assert not np.array_equal(shorter, changed)  # the last word within the limit is read
+
+
+def test_what_is_read_of_a_text_ends_where_its_cut_tail_begins(images: Callable[..., StableDiffusion3]) -> None:
+    model = images()
+    room = model.pipeline.tokenizer.model_max_length - 2
+    full = " ".join(["red"] * room)
+    for text in ("", "a red ring", full):
+        assert read_length(text, model.cut_tokens) == len(text)
+    assert read_length(f"{full} blue star", model.cut_tokens) == len(full)
+    odd = "red " * (room - 1) + "redbluestar and more"  # a word of several tokens, of which the first fits
+    read = read_length(odd, model.cut_tokens)
+    assert model.cut_tokens(odd[:read]) == 0 < model.cut_tokens(odd[: read + 1])
+    assert 4 * (room - 1) < read < len(odd) - len(" and more")
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=9), max_size=12), st.integers(0, 30))
+def test_the_end_that_is_not_read_is_found_for_any_tokens_inside_words(words: list[str], limit: int) -> None:
+    text = "  ".join(words)
+
+    def cut_tokens(said: str) -> int:
+        return max(0, sum(math.ceil(len(word) / 2) for word in said.split()) - limit)
+
+    read = read_length(text, cut_tokens)
+    assert cut_tokens(text[:read]) == 0
+    assert read == len(text) or cut_tokens(text[: read + 1]) > 0 or not text[read : read + 1].strip()
+    assert (read == len(text)) == (cut_tokens(text) == 0)
 
 
 # -- the CLIP score -------------------------------------------------------------------------------------

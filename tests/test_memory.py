@@ -24,7 +24,8 @@ from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.image_model import RenderJob, StableDiffusion3
 from grpo_engine.image_sizes import CLIP_G, CLIP_L, PUBLISHED_IMAGES, SD3_VAE, T5_XXL, image_size
 from grpo_engine.memory import GIB, Memory, MemoryPlan, MemoryRefusal, plan_memory
-from grpo_engine.memory_needs import Item, policy_needs, saved_by_layer, total
+from grpo_engine.memory_host import at_once
+from grpo_engine.memory_needs import Item, UpdatePass, estimate, policy_needs, saved_by_layer, total, update_pass
 from grpo_engine.model_sizes import (
     PUBLISHED_POLICIES,
     PolicySize,
@@ -749,3 +750,49 @@ def test_the_pictures_that_are_remembered_take_no_more_than_their_setting_and_th
     assert size_of(on(more, "cpu"), "remembered of evaluations") == 5 * 14 * 2 * 3 * 96**2
     assert size_of(on(planned("models.image.cache_mb=1"), "cpu"), "remembered of evaluations") == 10**6
     assert size_of(on(planned("models.image.cache_mb=0"), "cpu"), "remembered of evaluations") == 0
+
+
+def test_pictures_are_held_until_their_evaluation_is_recorded_unless_they_are_remembered_anyway() -> None:
+    def held_for(*overrides: str) -> int:
+        few = ("evaluation.prompts=10", "evaluation.images_per_prompt=4", "models.image.batch_size=8")
+        return size_of(on(planned(*few, *overrides), "cpu"), "of an evaluation until")
+
+    each = 3 * 96**2
+    assert held_for() == 0
+    assert held_for("models.image.cache_mb=0") == 3 * 10 * 4 * each  # the baseline's arms: original, and two rewrites
+    assert held_for("models.image.cache_mb=1") == 3 * 10 * 4 * each - 10**6
+    validation = ("evaluation.every=5", "evaluation.validation_prompts=20")
+    assert held_for("models.image.cache_mb=0", *validation) == 5 * 20 * 4 * each
+
+
+def test_in_the_cpus_memory_small_tensors_keep_the_heap_as_large_as_they_made_it_and_large_ones_take_turns() -> None:
+    def phase(name: str, small: int, large: int) -> list[Item]:
+        return [estimate("policy", f"{name} small", small, 2**20), estimate("policy", f"{name} large", large, 2**25)]
+
+    phases = [phase("sampling", 30, 100), phase("update", 50, 10), phase("rendering", 20, 400)]
+    assert {item.what for item in at_once(phases, "cpu")} == {"update small", "rendering large"}
+    assert {item.what for item in at_once(phases, "cuda:0")} == {"rendering small", "rendering large"}
+    assert total(at_once(phases, "cpu")) == 450
+
+
+def test_every_size_of_picture_batch_has_kernels_of_its_own_on_a_cpu_and_none_on_a_gpu() -> None:
+    def kernels(*overrides: str, **gpus: int) -> list[int]:
+        items = on(planned("models.image.dtype=bfloat16", *overrides, **gpus), "cpu")
+        return [item.bytes or 0 for item in items if item.what.startswith("kernels compiled for ")]
+
+    few, many, most = (kernels(f"training.steps={steps}")[0] for steps in (2, 10, 1000))
+    assert 0 < few < many < most
+    assert most == kernels("training.steps=100000")[0], "no more sizes than pictures in a batch"
+    assert kernels("models.image.dtype=float32")[0] < most / 3
+    assert len(kernels("models.policy.dtype=float32")) == 1
+    assert len(kernels("models.policy.dtype=bfloat16")) == 2
+    assert kernels("placement.plan=one-gpu", "models.policy.dtype=bfloat16", cuda0=80) == []
+
+
+def test_what_goes_through_the_policy_at_once_is_counted_token_by_token() -> None:
+    two = UpdatePass(rows=6, groups=2)  # prompts of 5 tokens, rewrites of 4, the last of which nothing follows
+    assert two.tokens(5, 4) == 2 * 5 + 6 * 3
+    assert two.keys(5, 4) == 2 * 5 + 6 * (5 + 3)
+    assert two.pairs(5, 4) == 2 * 5 * 5 + 6 * 3 * (5 + 3)
+    assert update_pass(RunConfig.load("tiny", ["sampling.num_rollouts=12"])) == UpdatePass(rows=12, groups=1)
+    assert update_pass(RunConfig.load("tiny", ["training.update_rows=3"])) == UpdatePass(rows=3, groups=1)

@@ -236,6 +236,15 @@ def test_a_rewrite_by_hand_is_scored_against_the_prompt_not_against_itself(
     assert against_prompt.parts["clip"] != pytest.approx(against_itself.parts["clip"], abs=1)
 
 
+def test_the_end_of_a_text_that_the_image_model_does_not_read_is_told(run: Recorded, models: PlaygroundModels) -> None:
+    text = " ".join(["red"] * 40)
+    made = make(models, run.asked(Column("edited", text="a red star"), Column("edited", text=text)))
+    assert {"cut", "unread"}.isdisjoint(made.columns[0])
+    cut, unread = made.columns[1]["cut"], made.columns[1]["unread"]
+    assert cut > 0
+    assert unread.split() == ["red"] * cut and text.endswith(unread), "a token a word"
+
+
 def test_the_checker_judges_a_prompt_it_can_check_and_the_untrained_policy_any_other(
     run: Recorded, models: PlaygroundModels
 ) -> None:

@@ -156,9 +156,28 @@ def test_an_evaluation_comes_back_whole_and_the_final_one_sums_up_the_run(store:
         {"color": [1, 2]},
     )
     assert (row.latent_seed, row.rewrite, row.index, row.tier) == (2**63 + 5, "a big cat", 0, "basic")
+    assert (row.cut_tokens, row.read_chars, row.unread) == (1, 6, "cat")
     assert rows["Dog/../x", "trained"].image is None
     assert [row.arm for row in store.evaluation_items(last.id, prompt_id="cat")] == ["original", "trained"]
     assert [row.prompt_id for row in store.evaluation_items(last.id, arm="trained")] == ["Dog/../x", "cat"]
+
+
+def test_a_database_of_before_cut_texts_were_counted_upgrades_and_says_that_it_does_not_know(tmp_path: Path) -> None:
+    with Store(tmp_path / "runs.db") as store:
+        run_id = training_run(store)
+        with StoreRecorder(store, run_id, config().recording) as recorder:
+            recorder.evaluation(evaluation("baseline", 0, item("cat")))
+        with store.write() as db:
+            for column in ("cut_tokens", "read_chars"):
+                db.execute(f"ALTER TABLE evaluation_items DROP COLUMN {column}")
+            db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm004_cut'")
+    with Store(tmp_path / "runs.db") as store:
+        (row,) = store.evaluation_items(store.evaluations(run_id)[0].id)
+        assert (row.cut_tokens, row.read_chars, row.unread, row.rewrite) == (None, None, "", "a big cat")
+        with StoreRecorder(store, run_id, config().recording) as recorder:
+            recorder.evaluation(evaluation("validation", 1, item("dog")))
+        (row,) = store.evaluation_items(store.evaluations(run_id)[1].id)
+        assert row.unread == "cat"
 
 
 def test_an_evaluation_made_again_takes_the_place_of_the_first(store: Store) -> None:

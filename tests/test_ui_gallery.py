@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,26 @@ def ask(client: TestClient) -> Callable[..., Any]:
 
 
 PAIR = "trained_vs_untrained"
+
+
+def test_the_end_of_a_rewrite_that_the_image_model_did_not_read_is_told_with_its_share(
+    store: Store, ask: Callable[..., Any]
+) -> None:
+    run_id = training_run(store)
+    items = [replace(item, cut_tokens=0, read_chars=len(item.rewrite or "")) for item in arm_items("untrained")]
+    long = "a red apple \N{GRINNING FACE} and more"
+    items[1] = replace(items[1], rewrite=long, cut_tokens=2, read_chars=len(long) - len("d more"))
+    everything = [*items, *arm_items("original")]
+    with StoreRecorder(store, run_id, config().recording) as recorder:
+        recorder.evaluation(Evaluation("baseline", 0, "test", everything, summarise(everything, config())))
+    rows = ask("prompts", run=run_id, compare="untrained_vs_original", sort="prompt")["rows"]
+    whole, cut = rows[0]["arms"]["untrained"]
+    assert (whole["cut"], whole["unread"]) == (0, "")
+    assert (cut["cut"], cut["unread"]) == (2, "d more"), "the text itself, as browsers count characters otherwise"
+    assert rows[0]["arms"]["original"][0]["cut"] is None, "recorded by an older version"
+    arms = ask("overview", run=run_id)["arms"]
+    assert arms["untrained"]["cut_share"] == pytest.approx(1 / len(items))
+    assert arms["original"]["cut_share"] is None
 
 
 # -- the headline --------------------------------------------------------------------------------------

@@ -220,6 +220,8 @@ def picture(item: ItemRow) -> dict[str, Any]:
         "clip": item.parts.get("clip"),
         "judge": item.judge,
         "right": [right, asked] if asked else None,
+        "cut": item.cut_tokens,
+        "unread": item.unread,
         "image": item.image,
         "thumbnail": item.thumbnail,
     }
@@ -228,7 +230,7 @@ def picture(item: ItemRow) -> dict[str, Any]:
 def _arm(said: Any) -> dict[str, Any]:
     """Means of an arm, numbers only: summaries can be imported."""
     said = said if isinstance(said, Mapping) else {}
-    return {name: number(said.get(name)) for name in ("reward", "judge", "failures", "pictures")} | {
+    return {name: number(said.get(name)) for name in ("reward", "judge", "failures", "pictures", "cut_share")} | {
         name: _numbers(said.get(name)) for name in ("kinds", "tiers")
     }
 

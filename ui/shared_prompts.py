@@ -139,6 +139,8 @@ def _picture(item: ItemRow) -> dict[str, Any]:
         "rewrite": item.rewrite,
         "reward": item.reward,
         "judge": item.judge,
+        "cut": item.cut_tokens,
+        "unread": item.unread,
         "image": item.image,
         "thumbnail": item.thumbnail,
     }

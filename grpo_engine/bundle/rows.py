@@ -227,6 +227,8 @@ class ItemLine(Line):
     judge: float | None = None
     judge_parts: dict[Name, Annotated[list[Count], Field(min_length=2, max_length=2)]]
     image: str | None = None
+    cut_tokens: Count | None = None
+    read_chars: Count | None = None
 
     def row(self, placed: Placed) -> dict[str, Any]:
         row = {name: value for name, value in self if name not in ("kind", "step")}

@@ -161,6 +161,7 @@ class StoreRecorder:
                 row |= {"tier": item.tier, "latent_seed": str(item.latent_seed), "rewrite": item.rewrite}
                 row |= {"reward": number(item.score.total), "parts": to_json(item.score.parts)}
                 row |= {"judge": number(item.judge), "judge_parts": to_json(item.judge_parts)}
+                row |= {"cut_tokens": item.cut_tokens, "read_chars": item.read_chars}
                 rows.append(row | {"image": image, "thumbnail": thumbnail})
             text = f"{kind} evaluation at step {step} on split {evaluation.split}: {len(rows)} pictures"
             with self.store.write() as db:

@@ -164,6 +164,13 @@ class ItemRow:
     judge_parts: Mapping[str, Sequence[int]]
     image: str | None
     thumbnail: str | None
+    cut_tokens: int | None  # None in rows of before it was recorded
+    read_chars: int | None
+
+    @property
+    def unread(self) -> str:
+        """The end of the rewrite that the image model did not read; empty where it read all, or that is not known."""
+        return "" if self.rewrite is None or not self.cut_tokens else self.rewrite[self.read_chars :]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,13 @@ def m003_choices(db: Database) -> None:
     db.executescript(_CHOICES)
 
 
-MIGRATIONS = (m001_runs, m002_shift, m003_choices)  # in the order they are applied; never change one that was released
+def m004_cut(db: Database) -> None:
+    """How much of a measured text the image model did not read; not known of older measurements."""
+    db.execute("ALTER TABLE evaluation_items ADD COLUMN cut_tokens INTEGER")
+    db.execute("ALTER TABLE evaluation_items ADD COLUMN read_chars INTEGER")
+
+
+MIGRATIONS = (m001_runs, m002_shift, m003_choices, m004_cut)  # in this order; never change one that was released
 
 migrations = Migrations("grpo_engine")
 for _migration in MIGRATIONS:

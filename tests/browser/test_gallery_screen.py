@@ -134,3 +134,20 @@ def test_the_large_view_fits_a_phone(new_page: Callable[..., Page], served: Serv
     frame = page.locator("dialog .g-gallery-frame").bounding_box()
     assert frame is not None and frame["x"] >= 0 and frame["x"] + frame["width"] <= 390
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_end_of_a_text_that_the_image_model_does_not_read_is_marked(page: Page, served: Served) -> None:
+    open_gallery(page, served)
+    marked = """([text, rewrite, unread, arm]) => {
+        const node = grpo.gallery.rewrite(text, arm, { rewrite, unread, cut: 3 });
+        const parts = [...node.querySelectorAll('.g-unread')];
+        return [parts.map((part) => part.textContent), node.textContent, parts[0]?.title];
+    }"""
+    said = "The image model does not read its last 3 tokens."
+    parts, text, title = page.evaluate(marked, ["a red ring", "a red ring by two stars", "o stars", "trained"])
+    assert (parts, title) == (["o", "stars"], said)
+    assert text == f"a red ring by two stars {said}"
+    parts, text, _ = page.evaluate(marked, ["a red ring", "a red ring", "ring", "original"])
+    assert (parts, text) == (["ring"], f"a red ring{said}")
+    parts, text, _ = page.evaluate(marked, ["a red ring", "a red ring", "", "original"])
+    assert (parts, text) == ([], "as written")

@@ -216,7 +216,7 @@
       const name = this.byId.get(run.run).name;
       const words = arm === 'original' ? run.prompt : item.rewrite;
       const alt = `${one ? 'All runs' : name}, ${arm.replace('_', ' ')}: ${words || 'no usable rewrite'}`;
-      const text = arm === 'original' ? null : words === null ? h('span', { class: 'g-faint' }, 'no usable rewrite') : grpo.diff(run.prompt, words);
+      const text = arm === 'original' ? null : words === null ? h('span', { class: 'g-faint' }, 'no usable rewrite') : grpo.diff(run.prompt, words, item.unread, item.cut);
       const large = () => {
         const box = grpo.dialog(`${name}: ${arm.replace('_', ' ')}`, h('div', { class: 'g-stack' }, grpo.picture(item.image, alt), h('p', {}, words || 'no usable rewrite')));
         box.node.classList.add('g-compare-large');

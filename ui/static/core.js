@@ -5,7 +5,8 @@
    grpo.h(tag, attributes, ...children)   an element; text is always text, never markup
    grpo.toast(text, kind), grpo.confirm(question, verb), grpo.dialog(title, content)
    grpo.num, .signed, .percent, .duration, .ago, .date, .shortDate, .bytes     numbers as people read them
-   grpo.picture(path, alt), grpo.diff(from, to), grpo.state(state), grpo.color(number), grpo.empty(title, text, ...)
+   grpo.diff(from, to, unread, count), .read(to, unread, count), .readUpTo(count)   a text, its changes and unread end marked
+   grpo.picture(path, alt), grpo.state(state), grpo.color(number), grpo.empty(title, text, ...)
 */
 'use strict';
 
@@ -236,10 +237,22 @@ const grpo = (() => {
   const words = (line) => line.split(/\s+/).filter(Boolean);
   const plain = (word) => word.toLowerCase().replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, '');
 
-  /* Word-level difference (longest common subsequence): kept words plain, new ones marked, lost ones struck. */
-  function diff(from, to) {
-    const a = words(from || ''), b = words(to || '');
-    if (a.length * b.length > 250000) return h('span', { class: 'g-diff' }, to);
+  /* What is said of a text whose last tokens are cut off before it is drawn. */
+  const readUpTo = (count) => `The image model does not read its last ${count} token${count === 1 ? '' : 's'}.`;
+
+  /* A text without a mark at what changed: only its end that the image model does not read is marked. */
+  const read = (to, unread, count) => h('span', { class: 'g-diff' }, unread ? [to.slice(0, to.length - unread.length), lost(unread, count)] : to);
+  const lost = (text, count) => h('span', { class: 'g-unread', title: readUpTo(count) }, text);
+
+  /* Word-level difference (longest common subsequence): kept words plain, new ones marked, lost ones struck. `unread` is
+     the end of `to`, of `count` tokens, that the image model does not read: it may begin inside a word. */
+  function diff(from, to, unread = '', count = 0) {
+    const a = words(from || ''), b = words(to || ''), tail = words(unread || '');
+    if (a.length * b.length > 250000) return read(to, unread, count);
+    const said = (place) => {
+      const beyond = place - (b.length - tail.length), word = b[place];
+      return beyond < 0 ? word : beyond > 0 ? lost(word, count) : [word.slice(0, word.length - tail[0].length), lost(tail[0], count)];
+    };
     const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
     for (let i = a.length - 1; i >= 0; i -= 1) {
       for (let j = b.length - 1; j >= 0; j -= 1) {
@@ -250,11 +263,11 @@ const grpo = (() => {
     let i = 0, j = 0;
     while (i < a.length || j < b.length) {
       if (i < a.length && j < b.length && plain(a[i]) === plain(b[j])) {
-        out.append(b[j], ' ');
+        out.append(...[said(j)].flat(), ' ');
         i += 1;
         j += 1;
       } else if (j < b.length && (i === a.length || table[i][j + 1] >= table[i + 1][j])) {
-        out.append(h('ins', {}, b[j]), ' ');
+        out.append(h('ins', {}, said(j)), ' ');
         j += 1;
       } else {
         out.append(h('del', {}, a[i]), ' ');
@@ -297,6 +310,6 @@ const grpo = (() => {
 
   return {
     get, post, send, attempt, h, add, fill, text, num, signed, percent, duration, ago, date, shortDate, bytes,
-    toast, dialog, confirm, picture, diff, state, color, empty, button, icon, copy, remember, recall, dark, page, missing, Failure,
+    toast, dialog, confirm, picture, diff, read, readUpTo, state, color, empty, button, icon, copy, remember, recall, dark, page, missing, Failure,
   };
 })();

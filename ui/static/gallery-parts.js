@@ -37,11 +37,12 @@
     return h('div', { class: 'g-gallery-scores' }, out);
   }
 
-  /* A rewrite, its difference from the original prompt marked. */
+  /* A rewrite, its difference from the original prompt marked, and what of it the image model does not read. */
   function rewrite(text, arm, picture) {
-    if (arm === 'original') return h('p', { class: 'g-gallery-text g-quiet' }, 'as written');
+    const cut = picture.unread ? h('span', { class: 'g-small g-quiet g-gallery-cut' }, grpo.readUpTo(picture.cut)) : null;
+    if (arm === 'original') return h('p', { class: 'g-gallery-text g-quiet' }, cut ? grpo.read(picture.rewrite, picture.unread, picture.cut) : 'as written', cut);
     if (picture.rewrite === null) return h('p', { class: 'g-gallery-text g-bad-text' }, 'no usable rewrite: scored as a failure');
-    return h('p', { class: 'g-gallery-text' }, grpo.diff(text, picture.rewrite));
+    return h('p', { class: 'g-gallery-text' }, grpo.diff(text, picture.rewrite, picture.unread, picture.cut), cut);
   }
 
   /* Point and whisker against zero; `from` and `to` fix the scale, else it reaches from 0 to the whisker. */

@@ -158,7 +158,7 @@
       return;
     }
     const who = `${gallery.name(item.after).toLowerCase()} against ${gallery.name(item.before).toLowerCase()}`;
-    const failures = overview.arms[item.after].failures;
+    const { failures, cut_share: cut } = overview.arms[item.after];
     fill(parts.headline,
       h('div', { class: 'g-gallery-blocks' },
         gain(`Reward gain, ${who}`, item.reward, 1, overview.confidence),
@@ -166,6 +166,7 @@
         wins(item.counts), inside(item)),
       h('p', { class: 'g-gallery-sentence' }, item.sentence, ' ',
         h('span', { class: 'g-quiet' }, `${overview.latents} ${overview.latents === 1 ? 'picture' : 'pictures'} each, on shared latents.`,
+          cut ? ` ${grpo.percent(cut)} of the ${gallery.name(item.after).toLowerCase()} texts end with words that the image model does not read.` : '',
           failures ? ` ${failures} of ${overview.arms[item.after].pictures} rewrites could not be read and count as failures.` : '')));
   }
 

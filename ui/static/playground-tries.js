@@ -67,11 +67,11 @@ grpo.tries = (() => {
     const notes = [];
     if (data.note) notes.push(data.note);
     if (data.finished === false) notes.push('Cut off at the policy\u2019s token limit.');
-    if (data.cut) notes.push(`The image model does not read its last ${data.cut} token${data.cut > 1 ? 's' : ''}.`);
+    if (data.cut) notes.push(grpo.readUpTo(data.cut));
     let words = h('span', { class: 'g-faint' }, ended ? 'Not made.' : '\u00a0');
     if (data.error) words = h('span', { class: 'g-bad-text', role: 'alert' }, data.error);
-    else if (data.text && spec.kind === 'original') words = h('span', { class: 'g-quiet' }, 'The prompt as it is.');
-    else if (data.text) words = grpo.diff(prompt, data.text);
+    else if (data.text && spec.kind === 'original') words = h('span', { class: 'g-quiet' }, data.cut ? grpo.read(data.text, data.unread, data.cut) : 'The prompt as it is.');
+    else if (data.text) words = grpo.diff(prompt, data.text, data.unread, data.cut);
     else if (data.text === null) words = h('span', {}, 'Nothing in it can be drawn: ', h('q', { class: 'g-mono' }, data.completion || ''));
     fill(at.words, words, notes.map((note) => h('span', { class: 'g-small g-quiet' }, note)));
     at.pictures.hidden = Boolean(data.error);
