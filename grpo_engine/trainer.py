@@ -36,7 +36,7 @@ from .prompts import Prompt
 from .recorder import Recorder
 from .rollout import Completions, Group, stacked
 from .seeding import derive_seed, numpy_generator, seeded_initialization
-from .sharding import clip_gradients
+from .sharding import clip_gradients, shared_out
 from .stream import GroupStream
 
 RATIO_TOLERANCE = 1e-4
@@ -118,7 +118,7 @@ class PureGRPOTrainer:
             lr=training.learning_rate,
             betas=(training.beta1, training.beta2),
             weight_decay=training.weight_decay,
-            fused=True,
+            fused=not shared_out(self.parameters),  # with weights in shares a fused step hung (torch 2.15, gloo)
         )
         self.step = 0
         self.ahead: list[Group] = []  # of the next step, if they were sampled before the last update
