@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from .adapter import MERGED_BYTES
 from .config import RunConfig
 from .image_families import family_of
 from .image_sizes import ImageSize
@@ -125,10 +126,10 @@ def policy_needs(
         ]
     stays += gathered
     phases = [
-        _sampling(config, size, dtype.itemsize, head),
+        [*_sampling(config, size, dtype.itemsize, head), *_merged(config, size, dtype, sharers)],
         *_update(config, size, dtype.itemsize, head),
     ]
-    if device.type == "cuda":  # there AdamW takes the square roots of all second moments at once
+    if device.type == "cuda" and sharers > 1 and settings.adapter == "full":  # not fused: all square roots at once
         phases.append([estimate("policy", "AdamW step", state)])
     asked = config.evaluation.judge in ("auto", "vqa") or config.models.reward.weights.vqa != 0
     if asked and size.pixels_per_token:
@@ -136,6 +137,15 @@ def policy_needs(
     if device.type == "cpu" and sharers > 1:
         phases.append([estimate("policy", "whole, before it is shared out", through_host)])
     return Needs("policy", stays, phases, through_host)
+
+
+def _merged(config: RunConfig, size: PolicySize, dtype: torch.dtype, sharers: int) -> list[Item]:
+    """``adapter.merged``: the weights to which the adapter is added while the policy samples."""
+    settings = config.models.policy
+    copied = WIDE * size.adapted(settings.lora.targets)
+    if settings.adapter != "lora" or dtype != torch.float32 or sharers > 1 or copied > MERGED_BYTES:
+        return []
+    return [Item("policy", "copies with the adapter added", copied, "exact")]
 
 
 def _kept(config: RunConfig, size: PolicySize) -> tuple[bool, int]:

@@ -328,26 +328,26 @@ def endless(biased: Biased, policy: PureGRPOPolicy) -> AbstractContextManager[No
 
 
 @pytest.mark.parametrize("truncation", ["sampling.top_k=0", "sampling.top_k=50", "sampling.top_p=0.9"])
-@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("rows", [2, 8, 16])
 def test_the_update_needs_no_more_than_planned_and_at_least_half(
     own_policy: Callable[..., PureGRPOPolicy], biased: Biased, prompts: list[Prompt], truncation: str, rows: int
 ) -> None:
     overrides = (truncation, f"training.update_rows={rows}", "sampling.max_new_tokens=16")
     policy = own_policy(*overrides)
-    text = max((prompt.text for prompt in prompts), key=len)
+    texts = sorted((prompt.text for prompt in prompts), key=len)[-max(1, rows // 8) :]
     with endless(biased, policy):
-        (group,) = policy.sample([text], [list(range(8))])
-    part = group.rows(slice(0, rows))
+        groups = policy.sample(texts, [list(range(8))] * len(texts))
+    together = [group.rows(slice(0, rows)) for group in groups]  # some of a group, all of it, or two groups
 
     def update() -> None:
         with torch.no_grad(), policy.reference():
-            reference, _ = policy.token_logprobs(part)
-        logprobs, entropies = policy.token_logprobs(part)
+            reference, _ = policy.token_logprobs(*together)
+        logprobs, entropies = policy.token_logprobs(*together)
         (logprobs.sum() + entropies.sum() - reference.sum()).backward()
 
     policy.model.train()
     measured = peak_of(update)
-    estimate = phase_of(run_config(*overrides), "activations", [text])
+    estimate = phase_of(run_config(*overrides), "activations", texts)
     assert measured <= estimate <= 2 * measured
 
 
@@ -356,7 +356,11 @@ def test_gradient_checkpointing_saves_what_is_planned(
 ) -> None:
     text, peaks, plans = prompts[0].text, [], []
     for chosen in ("false", "true"):
-        overrides = (f"models.policy.gradient_checkpointing={chosen}", "sampling.max_new_tokens=16")
+        overrides = (
+            f"models.policy.gradient_checkpointing={chosen}",
+            "sampling.max_new_tokens=16",
+            "training.update_rows=8",
+        )
         policy = own_policy(*overrides)
         with endless(biased, policy):
             (group,) = policy.sample([text], [list(range(8))])
@@ -794,5 +798,11 @@ def test_what_goes_through_the_policy_at_once_is_counted_token_by_token() -> Non
     assert two.tokens(5, 4) == 2 * 5 + 6 * 3
     assert two.keys(5, 4) == 2 * 5 + 6 * (5 + 3)
     assert two.pairs(5, 4) == 2 * 5 * 5 + 6 * 3 * (5 + 3)
-    assert update_pass(RunConfig.load("tiny", ["sampling.num_rollouts=12"])) == UpdatePass(rows=12, groups=1)
-    assert update_pass(RunConfig.load("tiny", ["training.update_rows=3"])) == UpdatePass(rows=3, groups=1)
+    for rollouts, batch, rows, expected in (
+        (12, 4, 0, UpdatePass(rows=12, groups=1)),  # a group by itself
+        (12, 4, 3, UpdatePass(rows=3, groups=1)),  # a part of one
+        (12, 4, 32, UpdatePass(rows=24, groups=2)),  # whole groups only
+        (12, 2, 99, UpdatePass(rows=24, groups=2)),  # no more than there are
+    ):
+        sizes = [f"sampling.num_rollouts={rollouts}", f"training.batch_size={batch}", f"training.update_rows={rows}"]
+        assert update_pass(RunConfig.load("tiny", sizes)) == expected
