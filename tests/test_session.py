@@ -229,10 +229,10 @@ def test_a_stop_between_the_updates_of_one_step_leaves_no_trace(
 
 
 def test_a_stop_keeps_the_figures_of_the_checkpoint_it_writes(store: Store) -> None:
-    config = small("recording.checkpoint_every=1", "recording.keep_checkpoints=9")
+    config = small("recording.checkpoint_every=1", "recording.keep_checkpoints=9", "training.update_rows=0")
     control, loaded = RunControl(), fresh_environment(config, RankScorer())
     run_id = create(store, config)
-    stop_at_gradient(loaded, control, 5)  # the first of step 3
+    stop_at_gradient(loaded, control, 5)  # the first of step 3's two
     assert Session(store, run_id, control, loaded=loaded).run() == "stopped"
     rewards = store.steps(run_id, ["reward_mean"])["reward_mean"]
     assert len(rewards) == 2
