@@ -40,7 +40,14 @@ from grpo_engine.store import Store
 from grpo_engine.stream import GroupStream
 from grpo_engine.trainer import PureGRPOTrainer
 
-FOUR = ("training.batch_size=4", "training.steps=1", "training.max_grad_norm=1e6", "training.learning_rate=1e-3")
+ALONE = "training.update_rows=0"  # each group goes through the policy by itself, as soon as it is whole
+FOUR = (
+    "training.batch_size=4",
+    "training.steps=1",
+    "training.max_grad_norm=1e6",
+    "training.learning_rate=1e-3",
+    ALONE,
+)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +269,7 @@ def test_a_streamed_run_stopped_and_resumed_ends_like_an_undisturbed_plain_one(
         list(loaded.policy.trainable().values())[-1].register_hook(count)
         return Session(store, run_id, control, loaded=environment).run()
 
-    overrides = ("training.learning_rate=1e-2", "recording.images_every=0", f"training.async_steps={ahead}")
+    overrides = ("training.learning_rate=1e-2", "recording.images_every=0", f"training.async_steps={ahead}", ALONE)
     with Store(tmp_path_factory.mktemp("runs") / "runs.db") as store:
         plain, streamed = (small(*overrides, f"training.streaming={how}") for how in ("auto", "always"))
         undisturbed, disturbed = create(store, plain), create(store, streamed)
