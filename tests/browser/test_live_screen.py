@@ -280,3 +280,28 @@ def test_an_empty_database_teaches_the_first_step(
     expect(page.locator(".g-live")).to_contain_text("Nothing has been trained yet")
     page.get_by_role("button", name="Start a guided first run").click()
     expect(page.locator("#tab-train-button")).to_have_attribute("aria-selected", "true")
+
+
+def test_a_chart_too_small_for_its_labels_is_drawn_without_a_fault(
+    new_page: Callable[..., Page], served: Served
+) -> None:
+    page = new_page()
+    page.goto(f"{served.url}/#live")
+    expect(page.locator("[data-chart=reward] .js-plotly-plot")).to_be_visible()
+    faults = page.evaluate(
+        """async () => {
+            const faults = [];
+            for (const [width, height] of [[14, 260], [60, 20], [30, 30], [300, 14]]) {
+                const host = document.createElement('div');
+                document.querySelector('.g-live').append(host);
+                const chart = grpo.chart(host, { name: 'small', title: 'Small' });
+                chart.plot.style.cssText = `width: ${width}px; height: ${height}px`;
+                await chart.figure({ data: [{ x: [1, 2, 3], y: [10000, 20000, 15000], type: 'scatter', mode: 'lines' }],
+                            layout: { xaxis: { title: 'step' }, yaxis: { title: 'reward' } } });
+                faults.push(chart.plot.innerHTML.includes('Infinity'));
+                host.remove();
+            }
+            return faults;
+        }"""
+    )
+    assert faults == [False] * 4

@@ -39,6 +39,15 @@ def test_on_a_phone_every_screen_can_be_gone_to(new_page: Callable[..., Page], s
         expect(page.locator(f".g-{name}")).to_be_visible()
 
 
+def test_a_screen_that_is_being_left_does_not_call_itself_back(new_page: Callable[..., Page], served: Served) -> None:
+    page = new_page()
+    page.goto(f"{served.url}/#live")
+    expect(page.locator(".g-live")).to_be_visible()
+    page.evaluate("grpo.go('train'); grpo.note('live', { step: 1 })")  # its data came just after the click
+    expect(page.locator(".g-train")).to_be_visible()
+    assert page.evaluate("location.hash").startswith("#train")
+
+
 def test_the_theme_follows_the_system_until_it_is_chosen_and_then_stays(
     new_page: Callable[..., Page], served: Served
 ) -> None:

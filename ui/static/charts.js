@@ -143,7 +143,8 @@
     layout() {
       const grid = css('--g-grid'), ink = css('--g-ink'), quiet = css('--g-quiet'), surface = css('--g-surface');
       const base = this.raw.layout || {};
-      const axis = (mine) => ({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: quiet, size: 11 }, automargin: true, ...mine,
+      // Labels without room are kept: with all of an axis hidden, plotly would place its title at infinity.
+      const axis = (mine) => ({ gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: quiet, size: 11 }, automargin: true, ticklabeloverflow: 'allow', ...mine,
         title: mine && mine.title ? { ...(mine.title.text ? mine.title : { text: mine.title }), font: { color: quiet, size: 11 }, standoff: 6 } : undefined });
       const layout = { ...base, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', template: undefined, font: { family: 'system-ui, sans-serif', color: ink, size: 12 },
         margin: { l: 8, r: 12, t: 6, b: 8, ...base.margin }, uirevision: base.uirevision || 'kept', hovermode: base.hovermode || 'x unified', dragmode: 'zoom',

@@ -129,9 +129,10 @@
     else location.hash = target;  // fires hashchange
   }
 
-  /* Note what is on screen in the address, without a step in the browser's history. */
+  /* Note what is on screen in the address, without a step in the browser's history. Not once the address names another
+     screen: that one is on its way, and would be called back. */
   function note(name, args) {
-    if (shown === name) history.replaceState(null, '', address(name, args));
+    if (shown === name && where().screen === name) history.replaceState(null, '', address(name, args));
   }
 
   window.addEventListener('hashchange', open);
