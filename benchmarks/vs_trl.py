@@ -15,9 +15,14 @@ TRL is needed beside the program's own requirements (benchmarks/requirements.txt
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections import Counter
 from typing import Any
+
+# The engine would set the process's allocator up for itself (grpo_engine/heap.py), which does not suit TRL's larger
+# tensors: both are measured with the C library's own habits.
+os.environ.setdefault("GLIBC_TUNABLES", "")
 
 import torch
 from common import bars, machine, median, table
