@@ -23,6 +23,7 @@ from typing import Any
 # The engine would set the process's allocator up for itself (grpo_engine/heap.py), which does not suit TRL's larger
 # tensors: both are measured with the C library's own habits.
 os.environ.setdefault("GLIBC_TUNABLES", "")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
 
 import torch
 from common import bars, machine, median, table
