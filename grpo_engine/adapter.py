@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn import functional
 
 MERGED_BYTES = 2**26
 """Most bytes of weights that are copied with the adapter added to them."""
@@ -34,21 +35,22 @@ def merged(layers: Sequence[Any]) -> Iterator[None]:
 
     Decoding token by token, a small model spends most of its time on calls, and half of them are the adapter's. A
     large one gains nothing that its copy would be worth, and half precision would round the adapter away.
+
+    Args:
+        layers: PEFT's, around ``torch.nn.Linear``; those that are switched off stay so.
     """
     on = [layer for layer in layers if not layer.disable_adapters]
-    weights: list[Tensor] = [layer.get_base_layer().weight for layer in on]
-    small = sum(weight.nbytes for weight in weights) <= MERGED_BYTES
-    if not small or any(weight.dtype != torch.float32 for weight in weights):
+    inner = [layer.get_base_layer() for layer in on]
+    small = sum(linear.weight.nbytes for linear in inner) <= MERGED_BYTES
+    if not small or any(linear.weight.dtype != torch.float32 for linear in inner):
         yield
         return
-    before = [weight.data for weight in weights]  # kept, not computed back: they must stay the same bits
-    for layer, weight in zip(on, weights, strict=True):
-        (adapter,) = layer.active_adapters
-        weight.data = weight.data + layer.get_delta_weight(adapter)
-        layer.merged_adapters.append(adapter)
     try:
+        for layer, linear in zip(on, inner, strict=True):
+            (adapter,) = layer.active_adapters
+            weight = linear.weight + layer.get_delta_weight(adapter)
+            layer.forward = partial(functional.linear, weight=weight, bias=linear.bias)
         yield
     finally:
-        for layer, weight, data in zip(on, weights, before, strict=True):
-            weight.data = data
-            layer.merged_adapters.clear()
+        for layer in on:
+            vars(layer).pop("forward", None)

@@ -34,7 +34,7 @@ from .policy_family import (
     suppressed_tokens,
 )
 from .rollout import Completions, Picture, stacked
-from .sampler import chunked_logprobs, draw, entropy_of, pad_kept, truncate, whole_logprobs
+from .sampler import Entropies, chunked_logprobs, draw, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
 from .sharding import share_out
 from .turns import SharedTurns, Turn, Turns
@@ -347,7 +347,11 @@ class PureGRPOPolicy:
     # -- log-probabilities -------------------------------------------------------------------------------
 
     def token_logprobs(
-        self, *groups: Completions, share_prefix: bool = True, logit_chunk: int = 0
+        self,
+        *groups: Completions,
+        share_prefix: bool = True,
+        logit_chunk: int = 0,
+        entropies: Entropies = "learned",
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of sampled tokens under the present weights, with gradient.
 
@@ -371,7 +375,7 @@ class PureGRPOPolicy:
         else:
             hidden = self._hidden_plain(prompts, sizes, tokens, mask)
         kept = [group.kept for group in groups if group.kept is not None]
-        logprobs, entropies = chunked_logprobs(
+        logprobs, entropy = chunked_logprobs(
             self._base.lm_head,
             hidden[mask],
             tokens[mask],
@@ -379,9 +383,10 @@ class PureGRPOPolicy:
             chunk=logit_chunk,
             temperature=self.sampling.temperature,
             suppressed=self.suppressed,
+            entropies=entropies,
         )
         zeros = torch.zeros(tokens.shape, device=self.device)
-        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
     def _hidden_plain(self, prompts: Sequence[Tensor], sizes: Sequence[int], tokens: Tensor, mask: Tensor) -> Tensor:
         """Hidden states (R, T, D) that predict each of ``tokens`` (R, T), every row with its own copy of the prompt."""

@@ -11,10 +11,14 @@ Pure tensor functions; float32 throughout.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Entropies = Literal["learned", "measured", "none"]
+"""What is wanted of entropies besides log-probabilities: with their gradient, without it, or zeros, which cost nothing."""
 
 
 def truncate(
@@ -89,7 +93,13 @@ def entropy_of(logprobs: Tensor) -> Tensor:
 
 
 def truncated_logprobs(
-    logits: Tensor, token_ids: Tensor, kept: Tensor | None, *, temperature: float, suppressed: Tensor | None
+    logits: Tensor,
+    token_ids: Tensor,
+    kept: Tensor | None,
+    *,
+    temperature: float,
+    suppressed: Tensor | None,
+    entropies: Entropies = "learned",
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of given tokens under ``logits``, over the recorded kept sets.
 
@@ -104,12 +114,18 @@ def truncated_logprobs(
     scaled = _scaled(logits, temperature, suppressed)
     if kept is None:
         logprobs = scaled.log_softmax(dim=-1)
-        return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy_of(logprobs)
+        return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), _entropy(logprobs, entropies)
     values = scaled.gather(-1, kept.clamp(min=0)).masked_fill(kept < 0, -torch.inf)
     logprobs = values.log_softmax(dim=-1)
     is_token = kept == token_ids.unsqueeze(-1)
     chosen = torch.where(is_token, logprobs, torch.zeros_like(logprobs)).sum(dim=-1)
-    return chosen.masked_fill(~is_token.any(dim=-1), -torch.inf), entropy_of(logprobs)
+    return chosen.masked_fill(~is_token.any(dim=-1), -torch.inf), _entropy(logprobs, entropies)
+
+
+def _entropy(logprobs: Tensor, wanted: Entropies) -> Tensor:
+    if wanted == "none":
+        return logprobs.new_zeros(logprobs.shape[:-1])
+    return entropy_of(logprobs if wanted == "learned" else logprobs.detach())
 
 
 def chunked_logprobs(
@@ -121,6 +137,7 @@ def chunked_logprobs(
     chunk: int,
     temperature: float,
     suppressed: Tensor | None,
+    entropies: Entropies = "learned",
 ) -> tuple[Tensor, Tensor]:
     """:func:`truncated_logprobs` of ``head(hidden)``, with the logits of at most ``chunk`` tokens there at a time.
 
@@ -139,7 +156,9 @@ def chunked_logprobs(
     """
 
     def measure(states: Tensor, ids: Tensor, sets: Tensor | None) -> tuple[Tensor, Tensor]:
-        return truncated_logprobs(head(states), ids, sets, temperature=temperature, suppressed=suppressed)
+        return truncated_logprobs(
+            head(states), ids, sets, temperature=temperature, suppressed=suppressed, entropies=entropies
+        )
 
     if chunk == 0 or len(hidden) <= chunk:
         return measure(hidden, token_ids, kept)
@@ -151,8 +170,8 @@ def chunked_logprobs(
             parts.append(checkpoint(measure, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(measure(*arguments))
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    of_tokens, of_distributions = zip(*parts, strict=True)
+    return torch.cat(of_tokens), torch.cat(of_distributions)
 
 
 def pad_kept(steps: list[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ from .objective import (
 from .prompts import Prompt
 from .recorder import Recorder
 from .rollout import Completions, Group, stacked
+from .sampler import Entropies
 from .seeding import derive_seed, numpy_generator, seeded_initialization
 from .sharding import clip_gradients, shared_out
 from .stream import GroupStream
@@ -391,9 +392,10 @@ class PureGRPOTrainer:
         advantages = torch.cat([part.group.advantages[part.rows] for part in parts]).to(device)
         chunk = self.config.training.logit_chunk
         with torch.no_grad(), self.policy.reference():
-            reference, _ = self.policy.token_logprobs(*rows, logit_chunk=chunk)
+            reference, _ = self.policy.token_logprobs(*rows, logit_chunk=chunk, entropies="none")
         with torch.set_grad_enabled(learn):
-            logprobs, entropies = self.policy.token_logprobs(*rows, logit_chunk=chunk)
+            wanted: Entropies = "learned" if objective.entropy_coef else "measured"
+            logprobs, entropies = self.policy.token_logprobs(*rows, logit_chunk=chunk, entropies=wanted)
             low, high = objective.clips
             policy = policy_loss(logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high)
             kl = kl_estimate(logprobs, reference, kind=objective.kl_estimator)
