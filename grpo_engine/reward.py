@@ -138,20 +138,32 @@ class RewardModel:
     ) -> list[Score]:
         """A score for each rollout; one without a picture (unparsable) gets ``config.failure``, visibly.
 
-        Raw parts are recorded whatever their weight, but only those that are computed.
+        Raw parts are recorded whatever their weight, but only those that are computed. Rollouts that share one
+        picture, because they are the same rewrite, share its parts too: it is looked at once.
         """
-        drawn = [index for index, picture in enumerate(pictures) if picture is not None]
-        shown, asked = [p for p in pictures if p is not None], [prompts[index] for index in drawn]
-        clip = dict(zip(drawn, self.scorer.score(shown, asked), strict=True))
-        others = {name: dict(zip(drawn, other.score(shown, asked), strict=True)) for name, other in self.others.items()}
+        distinct: dict[tuple[int, str], int] = {}
+        shown: list[Picture] = []
+        asked: list[str] = []
+        places: list[int | None] = []  # of each rollout's picture among those
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            if picture is None:
+                places.append(None)
+                continue
+            place = distinct.setdefault((id(picture), prompt), len(shown))
+            if place == len(shown):
+                shown.append(picture)
+                asked.append(prompt)
+            places.append(place)
+        clip = self.scorer.score(shown, asked)
+        others = {name: other.score(shown, asked) for name, other in self.others.items()}
         scores = []
-        for index, rewrite in enumerate(rewrites):
-            if rewrite is None or index not in clip:
+        for place, rewrite in zip(places, rewrites, strict=True):
+            if rewrite is None or place is None:
                 scores.append(Score({"format": 0.0}, self.config.failure))
                 continue
             over = len(rewrite.split()) - self.config.length_limit
-            parts = {"clip": clip[index], "length": -float(max(0, over)), "format": 1.0}
-            parts |= {name: values[index] for name, values in others.items()}
+            parts = {"clip": clip[place], "length": -float(max(0, over)), "format": 1.0}
+            parts |= {name: values[place] for name, values in others.items()}
             weights = self.config.weights
             total = sum(getattr(weights, name) * value for name, value in parts.items())
             scores.append(Score(parts, total))

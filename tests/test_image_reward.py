@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -279,3 +279,22 @@ def test_rollouts_without_a_picture_keep_their_place(scorer: ClipScorer) -> None
     expected = scorer.score([pictures[0], pictures[2]], [prompts[0], prompts[2]])
     assert [first.parts["clip"], last.parts["clip"]] == pytest.approx(expected, abs=1e-3)
     assert first.total == pytest.approx(expected[0] + 5.0, abs=1e-3)
+
+
+def test_a_picture_that_rollouts_share_is_looked_at_once_for_each_prompt(scorer: ClipScorer) -> None:
+    one, other = noise(2)
+    seen: list[int] = []
+
+    class Counting:
+        def score(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[float]:
+            seen.append(len(pictures))
+            return scorer.score(pictures, prompts)
+
+    pictures, prompts = [one, other, one, None, one], ["a star", "a star", "a star", "a star", "a red circle"]
+    scores = RewardModel(Counting(), RewardModelConfig()).score(pictures, prompts, ["a", "b", "a", None, "a"])
+    assert seen == [3]
+    alone = scorer.score([one, other, one], ["a star", "a star", "a red circle"])
+    assert [score.parts.get("clip") for score in scores] == pytest.approx(
+        [alone[0], alone[1], alone[0], None, alone[2]], abs=1e-3
+    )
+    assert scores[0].parts["clip"] == scores[2].parts["clip"]
