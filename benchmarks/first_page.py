@@ -3,7 +3,7 @@
 Both are started in turn, as processes of their own, several times; an empty database each time, so that the
 first start's import of the recorded run is part of ours. Goal: at most 1.5 times the bare page.
 
-    python benchmarks/first_page.py --pairs 5
+    PYTHONPATH=. python benchmarks/first_page.py --pairs 5
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ The batch of the design (4 prompts x 5 rollouts, 20 new tokens). Prints, for eac
 seconds by phase, what the phase reached in TFLOP/s against this card's measured matrix rate, peak memory by phase
 (with all three models' weights, as they share the card) and weights by model.
 
-    python benchmarks/full_scale.py                          the whole thing; one GPU with 48 GB
-    python benchmarks/full_scale.py --policy 2B --t5
-    python benchmarks/full_scale.py --small --device cpu     tries the program itself, not the speed
+    PYTHONPATH=. python benchmarks/full_scale.py                          the whole thing; one GPU with 48 GB
+    PYTHONPATH=. python benchmarks/full_scale.py --policy 2B --t5
+    PYTHONPATH=. python benchmarks/full_scale.py --small --device cpu     tries the program itself, not the speed
 """
 
 from __future__ import annotations

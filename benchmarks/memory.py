@@ -7,8 +7,8 @@ models.
 
 What a process holds depends on the allocator too (``grpo_engine/heap.py``): these figures are of glibc.
 
-    python benchmarks/memory.py --repeat 3
-    python benchmarks/memory.py --only rollouts          # those whose name has this in it
+    PYTHONPATH=. python benchmarks/memory.py --repeat 3
+    PYTHONPATH=. python benchmarks/memory.py --only rollouts          # those whose name has this in it
 """
 
 from __future__ import annotations

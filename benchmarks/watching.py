@@ -3,7 +3,7 @@
 The run is trained by a process of its own (``python -m grpo_engine train`` on the same database), so all
 processor time of the app's process is the cost of serving. Goal: at most 3 % of one core for a page, 10 % for ten.
 
-    python benchmarks/watching.py --seconds 60
+    PYTHONPATH=. python benchmarks/watching.py --seconds 60
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .placement import Placement, compute_dtype
 MIB = 2**20
 # 0.91 GiB after all imports (Python, torch, transformers, diffusers, peft, open_clip); the code of their libraries that
 # is first used, and so read from the disk, while a run goes on; what building the models leaves; holes in the heap.
-PROCESS = 0.98 * 2**30
+PROCESS = 1.01 * 2**30
 # oneDNN compiles kernels for every shape that it meets and keeps them. Pictures in a batch of a new size take about 55,
 # in float32, where only convolutions are its business, less. It keeps the last 1024, but of those for products of
 # bfloat16 matrices a part for ever.

@@ -221,7 +221,7 @@ def update_pass(config: RunConfig) -> UpdatePass:
 
 
 def _update(config: RunConfig, size: PolicySize, width: int, head: int) -> list[list[Item]]:
-    """``PureGRPOTrainer._pass_loss``: rewrites forward, then backward, together."""
+    """``group_loss.pass_loss``: rewrites forward, then backward, together."""
     tail, together = config.sampling.max_new_tokens, update_pass(config)
     rows, tokens = together.rows, together.tokens(head, tail)
     layer = saved_by_layer(config, size, width, tokens, together.keys(head, tail), together.pairs(head, tail))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Entropies = Literal["learned", "measured", "none"]
-"""What is wanted of entropies besides log-probabilities: with their gradient, without it, or zeros, which cost nothing."""
+"""What is wanted of entropies beside log-probabilities: with gradient, without, or zeros, which cost nothing."""
 
 
 def truncate(

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,20 +21,12 @@ from .control import RunControl
 from .distributed import ALONE, World
 from .environment import PureGRPOPromptEnvironment
 from .figures import group_figures, judged
+from .group_loss import pass_loss, passes
 from .judge import Judge
-from .objective import (
-    aggregate_size,
-    aggregate_sum,
-    clipped_tokens,
-    group_advantages,
-    kl_estimate,
-    policy_loss,
-    zero_spread_groups,
-)
+from .objective import aggregate_size, group_advantages, zero_spread_groups
 from .prompts import Prompt
 from .recorder import Recorder
-from .rollout import Completions, Group, stacked
-from .sampler import Entropies
+from .rollout import Completions, Group
 from .seeding import derive_seed, numpy_generator, seeded_initialization
 from .sharding import clip_gradients, shared_out
 from .stream import GroupStream
@@ -45,25 +36,6 @@ RATIO_TOLERANCE = 1e-4
 
 class TrainingFailed(RuntimeError):
     """Training can't go on; the message is one plain sentence."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a group, or all, as they go through the policy in an update."""
-
-    group: Group
-    rows: slice
-
-    @property
-    def completions(self) -> Completions:
-        """Those of the rows."""
-        return self.group.completions.rows(self.rows)
-
-    def told(self, kl: Tensor, shift: Tensor) -> None:
-        """Note the rows' figures, each float32 (rows, at least T)."""
-        for whole, own in ((self.group.kl, kl), (self.group.shift, shift)):
-            assert whole is not None
-            whole[self.rows] = own[:, : whole.shape[1]]
 
 
 class PureGRPOTrainer:
@@ -335,7 +307,7 @@ class PureGRPOTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
         with self.policy.training():
-            for parts in self._passes(groups):
+            for parts in passes(groups, self.config.training.update_rows):
                 if first:  # later the step would be left half done
                     self.control.poll()
                     self._arrive([part.group for part in parts if not len(part.group.advantages)])
@@ -343,24 +315,10 @@ class PureGRPOTrainer:
                 for learn in (True, False):
                     own = [part for part, without in zip(parts, flat, strict=True) if learn is not without]
                     if own:
-                        loss = self._pass_loss(own, size, sums, first=first, learn=learn)
+                        loss = pass_loss(self.policy, self.config, own, size, sums, first=first, learn=learn)
                         if learn:
                             loss.backward()
         return sums
-
-    def _passes(self, groups: Sequence[Group]) -> Iterator[list[Part]]:
-        """What goes through the policy together: ``training.update_rows`` rollouts, of one group or of several whole
-        ones.
-        """
-        for group in groups:
-            group.kl, group.shift = (torch.zeros(group.completions.mask.shape) for _ in range(2))
-        size = max((len(group) for group in groups), default=1)
-        rows = self.config.training.update_rows or size
-        together = max(1, rows // size)
-        for first in range(0, len(groups), together):
-            own = groups[first : first + together]
-            for start in range(0, size, rows):
-                yield [Part(group, slice(start, start + rows)) for group in own]
 
     def _apply(self, sums: dict[str, float]) -> dict[str, float]:
         """The optimiser step itself, unless loss or gradient is not finite; returns mean figures."""
@@ -376,53 +334,6 @@ class PureGRPOTrainer:
         for name in ("kl_penalty", "entropy", "clip_low_fraction", "clip_high_fraction"):
             sums[name] /= tokens
         return {**sums, "grad_norm": float(norm), "skipped": float(not good)}
-
-    def _pass_loss(
-        self, parts: Sequence[Part], size: int, sums: dict[str, float], *, first: bool, learn: bool
-    ) -> Tensor:
-        """Loss of one pass through the policy (its share of the whole step's).
-
-        Its groups are told, per token: their KL, and how far training had moved their log-probabilities by the time
-        they were sampled (nats); both 0 on padding.
-        """
-        objective = self.config.objective
-        device = self.policy.device
-        rows = [part.completions for part in parts]
-        mask, old = (stacked([getattr(one, name) for one in rows]).to(device) for name in ("mask", "logprobs"))
-        advantages = torch.cat([part.group.advantages[part.rows] for part in parts]).to(device)
-        chunk = self.config.training.logit_chunk
-        with torch.no_grad(), self.policy.reference():
-            reference, _ = self.policy.token_logprobs(*rows, logit_chunk=chunk, entropies="none")
-        with torch.set_grad_enabled(learn):
-            wanted: Entropies = "learned" if objective.entropy_coef else "measured"
-            logprobs, entropies = self.policy.token_logprobs(*rows, logit_chunk=chunk, entropies=wanted)
-            low, high = objective.clips
-            policy = policy_loss(logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high)
-            kl = kl_estimate(logprobs, reference, kind=objective.kl_estimator)
-            combined = policy + objective.kl_coef * kl - objective.entropy_coef * entropies
-            how = objective.aggregation
-            loss = aggregate_sum(combined, mask, how=how) / size
-        with torch.no_grad():
-            clipped_low, clipped_high = clipped_tokens(
-                logprobs, old, advantages, mask, kind=objective.kind, clip_low=low, clip_high=high
-            )
-            if first:
-                error = float(((logprobs - old).exp() - 1.0)[mask].abs().max())
-                sums["ratio_error"] = max(sums["ratio_error"], error)
-            sums["total_loss"] += float(loss)
-            sums["policy_loss"] += float(aggregate_sum(policy, mask, how=how) / size)
-            sums["tokens"] += float(mask.sum())
-            sums["kl_penalty"] += float(kl[mask].sum())
-            sums["entropy"] += float(entropies[mask].sum())
-            sums["clip_low_fraction"] += float(clipped_low.sum())
-            sums["clip_high_fraction"] += float(clipped_high.sum())
-            shift = torch.where(mask, old - reference, 0.0).cpu()  # over the same kept sets, so never infinite
-            penalty = torch.where(mask, kl, 0.0).cpu()
-        for part, own_kl, own_shift in zip(
-            parts, *(t.split([len(r) for r in rows]) for t in (penalty, shift)), strict=True
-        ):
-            part.told(own_kl, own_shift)
-        return loss
 
     def _report_ratio(self, error: float) -> None:
         """Once a session: is the policy that is updated the one that sampled? The ratio must begin at 1."""

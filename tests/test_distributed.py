@@ -24,6 +24,7 @@ from grpo_engine.manager import execute
 from grpo_engine.model_sizes import policy_size
 from grpo_engine.session import Plan
 from grpo_engine.store import Store
+from grpo_engine.store.rows import RunRow
 
 # -- what ranks do together, without models ------------------------------------------------------------------
 
@@ -123,6 +124,23 @@ def kill_second_rank(launcher: subprocess.Popen[str]) -> None:
     victim.kill()
 
 
+def lose_a_rank(store: Store, *overrides: str, after: int = 1) -> tuple[RunRow, int]:
+    """A run on two ranks, the second killed after step ``after``: how it failed, and its launcher's exit code."""
+    with start(TORCHRUN, "train", "--db", store.path, *flags(*overrides)) as launcher:
+        try:
+            wait_until(lambda: any(run.step >= after for run in store.runs()), 250)
+            kill_second_rank(launcher)
+            killed = time.monotonic()
+            wait_until(lambda: store.runs()[0].state == "failed")
+            assert time.monotonic() - killed < 60
+            launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+    (run,) = store.runs()
+    assert re.fullmatch(DIED, run.error or "")
+    return run, launcher.returncode
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """The run in one process."""
@@ -171,19 +189,8 @@ def test_a_run_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in_one_proce
     single: Done, tmp_path: Path
 ) -> None:
     with Store(tmp_path / "runs.db") as store:
-        with start(TORCHRUN, "train", "--db", store.path, *flags(*SETTINGS)) as launcher:
-            try:
-                wait_until(lambda: any(run.step for run in store.runs()), 250)
-                kill_second_rank(launcher)
-                killed = time.monotonic()
-                wait_until(lambda: store.runs()[0].state == "failed")
-                assert time.monotonic() - killed < 60
-                launcher.communicate(timeout=60)
-            finally:
-                launcher.kill()
-        assert launcher.returncode != 0
-        (run,) = store.runs()
-        assert re.fullmatch(DIED, run.error or "")
+        run, code = lose_a_rank(store, *SETTINGS)
+        assert code != 0
         assert execute(store, run.id) == "finished"
         assert_alike(single, Done(store, run.id))
 
@@ -240,18 +247,7 @@ def test_a_run_of_shares_whose_rank_is_killed_fails_in_a_sentence_and_goes_on_in
     single: Done, tmp_path: Path
 ) -> None:
     with Store(tmp_path / "runs.db") as store:
-        with start(TORCHRUN, "train", "--db", store.path, *flags(*SETTINGS, SHARED)) as launcher:
-            try:
-                wait_until(lambda: any(run.step >= 2 for run in store.runs()), 250)
-                kill_second_rank(launcher)
-                killed = time.monotonic()
-                wait_until(lambda: store.runs()[0].state == "failed")
-                assert time.monotonic() - killed < 60
-                launcher.communicate(timeout=60)
-            finally:
-                launcher.kill()
-        (run,) = store.runs()
-        assert re.fullmatch(DIED, run.error or "")
+        run, _ = lose_a_rank(store, *SETTINGS, SHARED, after=2)
         (told,) = [event.message for event in store.events(run.id, limit=None) if event.kind == "sharding"]
         here, whole = (float(number) for number in re.findall(r"[\d.]+\d", told))
         assert here < whole
