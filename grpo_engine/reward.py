@@ -149,11 +149,11 @@ class RewardModel:
             if picture is None:
                 places.append(None)
                 continue
-            place = distinct.setdefault((id(picture), prompt), len(shown))
-            if place == len(shown):
+            first = distinct.setdefault((id(picture), prompt), len(shown))
+            if first == len(shown):
                 shown.append(picture)
                 asked.append(prompt)
-            places.append(place)
+            places.append(first)
         clip = self.scorer.score(shown, asked)
         others = {name: other.score(shown, asked) for name, other in self.others.items()}
         scores = []
