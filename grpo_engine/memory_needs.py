@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 
-from .adapter import MERGED_BYTES
 from .config import RunConfig
 from .image_families import family_of
 from .image_sizes import ImageSize
 from .model_sizes import PolicySize, RewardSize
 from .placement import compute_dtype
+from .small_decoder import COPIED_BYTES
 from .weight_sizes import Source, Weights
 
 Kind = Literal["exact", "estimate", "published size", "unknown"]
@@ -126,7 +126,7 @@ def policy_needs(
         ]
     stays += gathered
     phases = [
-        [*_sampling(config, size, dtype.itemsize, head), *_merged(config, size, dtype, sharers)],
+        [*_sampling(config, size, dtype.itemsize, head), *_copies(size, dtype, sharers)],
         *_update(config, size, dtype.itemsize, head),
     ]
     if device.type == "cuda" and sharers > 1 and settings.adapter == "full":  # not fused: all square roots at once
@@ -139,13 +139,12 @@ def policy_needs(
     return Needs("policy", stays, phases, through_host)
 
 
-def _merged(config: RunConfig, size: PolicySize, dtype: torch.dtype, sharers: int) -> list[Item]:
-    """``adapter.merged``: the weights to which the adapter is added while the policy samples."""
-    settings = config.models.policy
-    copied = WIDE * size.adapted(settings.lora.targets)
-    if settings.adapter != "lora" or dtype != torch.float32 or sharers > 1 or copied > MERGED_BYTES:
+def _copies(size: PolicySize, dtype: torch.dtype, sharers: int) -> list[Item]:
+    """``small_decoder.SmallDecoder``: the layers' weights, while a small policy samples."""
+    copied = WIDE * size.packable
+    if dtype != torch.float32 or sharers > 1 or copied > COPIED_BYTES:
         return []
-    return [Item("policy", "copies with the adapter added", copied, "exact")]
+    return [estimate("policy", "copies with the adapter added", copied)]
 
 
 def _kept(config: RunConfig, size: PolicySize) -> tuple[bool, int]:

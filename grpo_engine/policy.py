@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import shared_prefix
-from .adapter import merged, switched_off
+from .adapter import switched_off
 from .config import PolicyModelConfig, SamplingConfig
 from .distributed import Ranks
-from .kv_cache import repeat_with_room
+from .kv_cache import RoomyLayer, repeat_with_room
 from .policy_family import (
     TESTED,
     adapter_layers,
@@ -37,6 +37,7 @@ from .rollout import Completions, Picture, stacked
 from .sampler import Entropies, chunked_logprobs, draw, entropy_of, pad_kept, truncate, whole_logprobs
 from .seeding import seeded_initialization, uniforms
 from .sharding import share_out
+from .small_decoder import SmallDecoder, suits
 from .turns import SharedTurns, Turn, Turns
 
 Poll = Callable[[], None]
@@ -108,6 +109,7 @@ class PureGRPOPolicy:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         self.model.eval()
+        self._small = self.shares_prefix and suits(self._base)
         self._adapters = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         drops = config.lora.dropout > 0 or getattr(language_model(model).config, "attention_dropout", 0.0) > 0
         self._trains_otherwise = drops or config.gradient_checkpointing or model.config.model_type not in TESTED
@@ -211,8 +213,7 @@ class PureGRPOPolicy:
             raise ValueError(f"sample needs one equally large group of seeds a prompt, not sizes {sorted(sizes)}.")
         prompt_ids = [self.prompt_ids(prompt) for prompt in prompts]
         randoms = uniforms([seed for group in seeds for seed in group], self.sampling.max_new_tokens).to(self.device)
-        with merged([] if isinstance(self.turns, SharedTurns) else self._adapters):
-            return self._decode(prompt_ids, sizes.pop(), randoms, greedy=greedy, poll=poll)
+        return self._decode(prompt_ids, sizes.pop(), randoms, greedy=greedy, poll=poll)
 
     def _decode(
         self, prompt_ids: Sequence[Tensor], size: int, randoms: Tensor, *, greedy: bool, poll: Poll
@@ -230,6 +231,7 @@ class PureGRPOPolicy:
         hidden = hidden.repeat_interleave(size, dim=0)
         lengths = mask.sum(dim=1).repeat_interleave(size)
         seen = self._seen(mask.repeat_interleave(size, dim=0), limit)
+        quick = self._small_decoder(cache, lengths.unsqueeze(1) + torch.arange(limit, device=self.device))
         ends = torch.tensor(self.end_tokens, device=self.device)
         tokens = torch.full((rows, limit), self._pad_token, device=self.device)
         masks = torch.zeros(rows, limit, dtype=torch.bool, device=self.device)
@@ -254,8 +256,14 @@ class PureGRPOPolicy:
             self._take_turn()
             if left <= DROP_SHARE * len(here):
                 here, token, seen, lengths = here[running], token[running], seen[running], lengths[running]
-                cache.batch_select_indices(running.nonzero().squeeze(1))
+                going = running.nonzero().squeeze(1)
+                cache.batch_select_indices(going)
+                if quick is not None:
+                    quick.keep(going)
                 running = running[running]
+            if quick is not None:
+                hidden = quick(token, step, seen[..., : read + step + 1])
+                continue
             output = base.model(
                 input_ids=token.unsqueeze(1),
                 attention_mask=seen[..., : read + step + 1],
@@ -280,6 +288,12 @@ class PureGRPOPolicy:
                 )
             )
         return groups
+
+    def _small_decoder(self, cache: Any, positions: Tensor) -> SmallDecoder | None:
+        """For the tokens to come at ``positions`` (R, T) behind ``cache``; None where it would not be this policy's."""
+        layers = [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
+        whole = not isinstance(self.turns, SharedTurns) and len(layers) == len(cache.layers)
+        return SmallDecoder(self._base, layers, positions) if whole and self._small else None
 
     def _seen(self, mask: Tensor, limit: int) -> Tensor:
         """What the tokens of rows see, up to ``limit`` tokens after their prompts, of which ``mask`` (R, L) are real.

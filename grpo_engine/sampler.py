@@ -79,7 +79,7 @@ def _require_alive(rows: Tensor) -> None:
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sampling: the index (N,) whose cumulative probability first exceeds ``uniform`` (N,) in [0, 1)."""
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not leave the last bin that holds anything
     wanted = torch.minimum(uniform.to(total).unsqueeze(-1) * total, below)

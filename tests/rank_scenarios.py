@@ -126,7 +126,7 @@ def shares(world: Ranks) -> dict[str, Any]:
     import numpy as np
     from engine_runs import small
 
-    from grpo_engine import adapter
+    from grpo_engine import small_decoder
     from grpo_engine.checkpoint import base_fingerprint
     from grpo_engine.loading import load_environment
     from grpo_engine.memory import changed_settings
@@ -134,7 +134,7 @@ def shares(world: Ranks) -> dict[str, Any]:
     from grpo_engine.sharding import held
 
     torch.set_num_threads(1)
-    adapter.MERGED_BYTES = 0  # a whole policy then samples as one in shares does, to the bit
+    small_decoder.COPIED_BYTES = 0  # a whole policy then samples as one in shares does, to the bit
     config = small("models.policy.gradient_checkpointing=true")
     whole = load_environment(config).policy
     own = load_environment(changed_settings(config, {"placement.shard_policy": True}), world=world).policy

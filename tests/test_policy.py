@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy import stats
 from torch import Tensor, nn
 from transformers import (
@@ -30,6 +29,7 @@ from grpo_engine.prompts import Prompt
 from grpo_engine.rollout import Completions
 from grpo_engine.sampler import truncate
 from grpo_engine.seeding import derive_seed
+from grpo_engine.small_decoder import SmallDecoder, suits
 
 Rebuilt = Callable[..., PureGRPOPromptEnvironment]
 OwnPolicy = Callable[..., PureGRPOPolicy]
@@ -216,44 +216,42 @@ def test_a_rollout_depends_on_its_own_seed_alone(rebuilt: Rebuilt, prompts: list
     assert len(set(group.texts)) > 1
 
 
-def test_sampling_with_the_adapter_in_the_weights_gives_the_same_and_leaves_no_trace(
-    own_policy: OwnPolicy, prompts: list[Prompt], ending: Ending, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_small_policy_samples_from_copies_of_its_present_weights_what_the_model_itself_would(
+    own_policy: OwnPolicy, prompts: list[Prompt], ending: Ending, monkeypatch: pytest.MonkeyPatch, adapter: str
 ) -> None:
-    policy = own_policy()
+    policy = own_policy(f"models.policy.adapter={adapter}")
     disturb(policy)
-    weights = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    merged: list[bool] = []
-    inside = [layer for layer in policy.model.modules() if isinstance(layer, BaseTunerLayer)]
+    steps: list[int] = []
+    decode = SmallDecoder.__call__
 
-    def look() -> None:
-        merged.append(all("forward" in vars(layer) for layer in inside))
+    def counting(self: SmallDecoder, tokens: Tensor, step: int, added: Tensor) -> Tensor:
+        steps.append(step)
+        return decode(self, tokens, step, added)
 
-    def unchanged() -> bool:
-        now = policy.model.state_dict()
-        return all(torch.equal(now[name], value) for name, value in weights.items())
-
+    monkeypatch.setattr(SmallDecoder, "__call__", counting)
+    found: list[list[Completions]] = []
     with ending(policy):
-        quick = sample(policy, prompts, poll=look)
-        assert all(merged) and unchanged()
-        with policy.reference():
-            untrained = sample(policy, prompts)
-        monkeypatch.setattr("grpo_engine.adapter.MERGED_BYTES", 0)
-        merged.clear()
-        plain = sample(policy, prompts, poll=look)
-        assert not any(merged)
-        with policy.reference():
-            still = sample(policy, prompts)
-        monkeypatch.undo()
-        for one, other in zip(quick + untrained, plain + still, strict=True):
-            same_completions(one, other)
-        assert [group.texts for group in quick] != [group.texts for group in untrained]
+        for small in (True, False):
+            monkeypatch.setattr(policy, "_small", small)
+            steps.clear()
+            found.append(sample(policy, prompts))
+            with policy.reference():
+                found[-1] += sample(policy, prompts)
+            assert bool(steps) is small
+    for one, other in zip(*found, strict=True):
+        same_completions(one, other)
+    trained, untrained = found[0][: len(prompts)], found[0][len(prompts) :]
+    assert [group.texts for group in trained] != [group.texts for group in untrained]
 
-        def stop() -> None:
-            raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            sample(policy, prompts, poll=stop)
-    assert unchanged() and not any("forward" in vars(layer) or layer.disable_adapters for layer in inside)
+@pytest.mark.parametrize("override", ["models.policy.dtype=bfloat16", "models.policy.lora.targets=attention"])
+def test_only_whole_float32_policies_of_few_weights_are_copied(
+    own_policy: OwnPolicy, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    assert suits(own_policy(override)._base) is ("float" not in override)
+    monkeypatch.setattr("grpo_engine.small_decoder.COPIED_BYTES", 2**20)
+    assert not suits(own_policy(override)._base)
 
 
 def test_completions_that_have_ended_leave_the_batch(
@@ -261,8 +259,8 @@ def test_completions_that_have_ended_leave_the_batch(
 ) -> None:
     policy = own_policy()
     rows: list[int] = []
-    layer = language_model(base_of(policy)).layers[0]  # type: ignore[union-attr,index]
-    handle = layer.register_forward_pre_hook(lambda _m, inputs: rows.append(inputs[0].shape[0]))  # type: ignore[union-attr]
+    embedding = base_of(policy).get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _m, inputs: rows.append(inputs[0].shape[0]))
     with ending(policy):
         groups = sample(policy, prompts, size=8)
     handle.remove()
@@ -337,7 +335,7 @@ def test_poll_is_asked_before_every_forward_pass_and_stops_at_once(
     environment: PureGRPOPromptEnvironment, base_of: BaseOf, counted: Callable[[Any], list[int]], prompts: list[Prompt]
 ) -> None:
     policy = environment.policy
-    passes = counted(base_of(policy).model)
+    passes = counted(base_of(policy).get_input_embeddings())
 
     class Halt(Exception):
         """Raised by the poll below."""
