@@ -198,10 +198,19 @@ def test_an_empty_database_offers_a_first_run_that_starts_at_a_click_while_the_e
     page.goto(fresh.url)
     card = page.get_by_label("First run")
     expect(card).to_be_visible()
+    card.evaluate(
+        """node => {
+            window.said = [];
+            new MutationObserver(() => window.said.push(node.querySelector('button').textContent))
+                .observe(node, { subtree: true, childList: true, characterData: true });
+        }"""
+    )
     card.get_by_role("button", name="Start the first run").click()
+    page.wait_for_function("window.said.length", timeout=LONG)
+    assert page.evaluate("window.said[0]").startswith("Starting"), "a click is answered before the engine is there"
     expect(page.locator("#tab-live-button")).to_have_attribute("aria-selected", "true", timeout=2 * LONG)
     (run,) = [run for run in fresh.store.runs() if run.source == "local"]
-    assert (run.name, run.total_steps) == ("First run", 30)
+    assert (run.name, run.total_steps) == ("First run", 20)
     page.goto(f"{fresh.url}/#train")
     expect(start_button(page)).to_have_text("Queue behind First run")
     expect(card).to_be_hidden()

@@ -5,6 +5,7 @@
 
 grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, launch, copyCommand, savePreset, reset, count, refusal }) => {
   const { h, icon } = grpo;
+  const FIRST = 'Start the first run';
 
   // -- above: preset, first run, what does not fit together --------------------------------------------
 
@@ -17,12 +18,13 @@ grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, laun
   const many = h('span', { class: 'g-quiet', role: 'status' });
   const resetAll = grpo.button('Reset all', () => reset(), { kind: 'plain' });
   const alert = h('div', { class: 'g-card g-train-alert', role: 'alert', hidden: true });
+  const firstLabel = h('span', {}, FIRST);
   const first = h('section', { class: 'g-card g-train-first', 'aria-label': 'First run', hidden: true },
     h('div', { class: 'g-stack g-tight' }, h('h2', {}, 'See GRPO work in about a minute'),
       h('p', { class: 'g-quiet' }, 'A small policy rewrites short prompts, an image model draws every rewrite, and CLIP scores each picture against the original words. '
         + 'You will watch the reward climb as the policy learns from nothing but those scores. '
         + 'At the end each test prompt stands there three times: drawn from the original words, from the untrained rewrite and from the trained one.')),
-    h('div', { class: 'g-row' }, grpo.button('Start the first run', () => launch('train/first', { token: state.token }), { kind: 'primary' }),
+    h('div', { class: 'g-row' }, grpo.button(firstLabel, () => launch('train/first', { token: state.token }), { kind: 'primary' }),
       grpo.button('Not now', () => { grpo.remember('train.first', 'dismissed'); first.hidden = true; })));
 
   const kept = () => (state.values['recording.name'] ? { 'recording.name': state.values['recording.name'] } : {});
@@ -140,7 +142,9 @@ grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, laun
     const behind = mine.length ? called(mine[mine.length - 1]) : '';
     startButton.disabled = worker.engine === 'failed';
     const wrong = count();
-    if (state.starting) grpo.text(startLabel, worker.engine === 'loading' ? `Starting: loading the engine ${worker.imported}/${worker.imports}` : 'Starting');
+    const starting = worker.engine === 'loading' ? `Starting: loading the engine ${worker.imported}/${worker.imports}` : 'Starting';
+    grpo.text(firstLabel, state.starting ? starting : FIRST);
+    if (state.starting) grpo.text(startLabel, starting);
     else grpo.text(startLabel, behind ? `Queue behind ${behind}` : 'Start');
     if (worker.engine === 'failed') grpo.text(why, worker.problem);
     else if (wrong) grpo.text(why, `${wrong === 1 ? 'One setting needs' : `${wrong} settings need`} a correction first.`);
