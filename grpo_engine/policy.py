@@ -373,8 +373,8 @@ class PureGRPOPolicy:
         one group after the other, padded to the longest (:func:`stacked`). Logits are computed for completion tokens
         only, at most ``logit_chunk`` tokens at a time (0 = all at once). With ``share_prefix`` a prompt goes through
         the model once for its whole group (if the model can, see :func:`shared_prefix.prepare`), else once a row.
-        None of this changes the result or its gradient but by rounding. Where gradients are enabled the backward pass
-        must be the next that is done with the policy.
+        ``entropies`` says what is wanted of those. None of this changes the log-probabilities or their gradient but by
+        rounding. Where gradients are enabled the backward pass must be the next that is done with the policy.
 
         Returns:
             float32 (R, T) and (R, T) on the policy's device, 0 on padding.
