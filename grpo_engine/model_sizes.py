@@ -63,12 +63,7 @@ class PolicySize:
     @property
     def packable(self) -> int:
         """Elements of the language model's linear layers, which a 4-bit policy packs."""
-        return self.adapted("all-linear")
-
-    def adapted(self, targets: str) -> int:
-        """Elements of the weights that an adapter changes."""
-        sizes = self._linear_sizes()
-        return self.layers * sum(wide * high for wide, high in (sizes[name] for name in ADAPTER_LAYERS[targets]))
+        return self.layers * sum(wide * high for wide, high in self._linear_sizes().values())
 
     def _linear_sizes(self) -> dict[str, tuple[int, int]]:
         """In and out of each linear layer of a block."""

@@ -256,22 +256,20 @@ class PureGRPOPolicy:
             self._take_turn()
             if left <= DROP_SHARE * len(here):
                 here, token, seen, lengths = here[running], token[running], seen[running], lengths[running]
-                going = running.nonzero().squeeze(1)
-                cache.batch_select_indices(going)
-                if quick is not None:
-                    quick.keep(going)
+                cache.batch_select_indices(running.nonzero().squeeze(1))
                 running = running[running]
+            so_far = seen[..., : read + step + 1]
             if quick is not None:
-                hidden = quick(token, step, seen[..., : read + step + 1])
-                continue
-            output = base.model(
-                input_ids=token.unsqueeze(1),
-                attention_mask=seen[..., : read + step + 1],
-                position_ids=shaped((lengths + step).unsqueeze(1), self._rows),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden = output.last_hidden_state[:, -1]
+                hidden = quick(token, here, step, so_far)
+            else:
+                output = base.model(
+                    input_ids=token.unsqueeze(1),
+                    attention_mask=so_far,
+                    position_ids=shaped((lengths + step).unsqueeze(1), self._rows),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                hidden = output.last_hidden_state[:, -1]
         self.turns.take(Turn.SETTLE)  # else the others would wait for this rank's pictures with rewrites half written
         kept_of_all = pad_kept(kept_sets) if kept_sets else None
         groups = []

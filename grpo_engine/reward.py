@@ -141,29 +141,19 @@ class RewardModel:
         Raw parts are recorded whatever their weight, but only those that are computed. Rollouts that share one
         picture, because they are the same rewrite, share its parts too: it is looked at once.
         """
-        distinct: dict[tuple[int, str], int] = {}
-        shown: list[Picture] = []
-        asked: list[str] = []
-        places: list[int | None] = []  # of each rollout's picture among those
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            if picture is None:
-                places.append(None)
-                continue
-            first = distinct.setdefault((id(picture), prompt), len(shown))
-            if first == len(shown):
-                shown.append(picture)
-                asked.append(prompt)
-            places.append(first)
-        clip = self.scorer.score(shown, asked)
-        others = {name: other.score(shown, asked) for name, other in self.others.items()}
+        looks = {(id(p), prompt): (p, prompt) for p, prompt in zip(pictures, prompts, strict=True) if p is not None}
+        shown, asked = [picture for picture, _ in looks.values()], [prompt for _, prompt in looks.values()]
+        clip = dict(zip(looks, self.scorer.score(shown, asked), strict=True))
+        others = {name: dict(zip(looks, other.score(shown, asked), strict=True)) for name, other in self.others.items()}
         scores = []
-        for place, rewrite in zip(places, rewrites, strict=True):
-            if rewrite is None or place is None:
+        for picture, prompt, rewrite in zip(pictures, prompts, rewrites, strict=True):
+            look = id(picture), prompt
+            if rewrite is None or look not in clip:
                 scores.append(Score({"format": 0.0}, self.config.failure))
                 continue
             over = len(rewrite.split()) - self.config.length_limit
-            parts = {"clip": clip[place], "length": -float(max(0, over)), "format": 1.0}
-            parts |= {name: values[place] for name, values in others.items()}
+            parts = {"clip": clip[look], "length": -float(max(0, over)), "format": 1.0}
+            parts |= {name: values[look] for name, values in others.items()}
             weights = self.config.weights
             total = sum(getattr(weights, name) * value for name, value in parts.items())
             scores.append(Score(parts, total))

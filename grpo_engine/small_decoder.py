@@ -69,29 +69,26 @@ class SmallDecoder:
         half = self._width // 2
         self._cos, self._sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # (R, T, d)
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with ``rows`` only, int64 (fewer,); the cache is its owner's."""
-        self._cos, self._sin = self._cos[rows], self._sin[rows]
-
-    def __call__(self, tokens: Tensor, step: int, added: Tensor) -> Tensor:
-        """The last hidden states (R, D) of ``tokens`` (R,), the ``step``-th of each row from 0.
+    def __call__(self, tokens: Tensor, rows: Tensor, step: int, added: Tensor) -> Tensor:
+        """The last hidden states (N, D) of ``tokens`` (N,), the ``step``-th of each row from 0.
 
         Args:
-            added: to the scores of all keys so far, these included, (R, 1, 1, L).
+            rows: int64 (N,), which of the R rows the cache still holds.
+            added: to the scores of all keys so far, these included, (N, 1, 1, L).
         """
         states = self._embed(tokens)
-        cos, sin = self._cos[:, step, None], self._sin[:, step, None]  # (R, 1, d)
-        rows, heads, rotating = len(tokens), self._heads, self._heads + self._kv_heads
+        cos, sin = (table[rows, step].unsqueeze(1) for table in (self._cos, self._sin))  # (N, 1, d)
+        count, heads, rotating = len(tokens), self._heads, self._heads + self._kv_heads
         for layer, cache in zip(self._layers, self._cache, strict=True):
             inputs = self._normed(states, layer.before_attention)
-            mixed = functional.linear(inputs, layer.qkv, layer.bias).view(rows, -1, self._width)
+            mixed = functional.linear(inputs, layer.qkv, layer.bias).view(count, -1, self._width)
             turned = mixed[:, :rotating]
             turned = turned * cos + turned.roll(self._width // 2, -1) * sin
             keys, values = cache.update(turned[:, heads:].unsqueeze(2), mixed[:, rotating:].unsqueeze(2))
             if heads != self._kv_heads:
                 keys, values = (t.repeat_interleave(heads // self._kv_heads, dim=1) for t in (keys, values))
             seen = functional.scaled_dot_product_attention(turned[:, :heads].unsqueeze(2), keys, values, added)
-            states = torch.addmm(states, seen.reshape(rows, -1), layer.output.t())
+            states = torch.addmm(states, seen.reshape(count, -1), layer.output.t())
             gate, up = functional.linear(self._normed(states, layer.before_mlp), layer.gate_up).chunk(2, dim=-1)
             states = torch.addmm(states, functional.silu(gate) * up, layer.down.t())
         return self._normed(states, self._norm)

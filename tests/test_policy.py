@@ -225,9 +225,9 @@ def test_a_small_policy_samples_from_copies_of_its_present_weights_what_the_mode
     steps: list[int] = []
     decode = SmallDecoder.__call__
 
-    def counting(self: SmallDecoder, tokens: Tensor, step: int, added: Tensor) -> Tensor:
+    def counting(self: SmallDecoder, tokens: Tensor, rows: Tensor, step: int, added: Tensor) -> Tensor:
         steps.append(step)
-        return decode(self, tokens, step, added)
+        return decode(self, tokens, rows, step, added)
 
     monkeypatch.setattr(SmallDecoder, "__call__", counting)
     found: list[list[Completions]] = []

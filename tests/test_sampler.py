@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from grpo_engine.sampler import (
+    Entropies,
     draw,
     entropy_of,
     pad_kept,
@@ -350,3 +351,22 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
     torch.manual_seed(3)
     with seeded_initialization(7):
         assert torch.equal(torch.rand(3), one)
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([[3, 1, 0], [2, 0, -1]])])
+def test_entropies_that_are_only_measured_have_no_gradient_and_those_not_wanted_are_zero(kept: Tensor | None) -> None:
+    values = torch.tensor([[0.3, 1.0, -0.5, 2.0], [1.5, 0.0, 0.7, -1.0]])
+    found = {}
+    for wanted in get_args(Entropies):
+        logits = values.clone().requires_grad_()
+        logprobs, entropies = truncated_logprobs(
+            logits, torch.tensor([1, 2]), kept, temperature=0.9, suppressed=None, entropies=wanted
+        )
+        (of_tokens,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
+        found[wanted] = logprobs.detach(), of_tokens, entropies
+    for logprobs, of_tokens, _ in found.values():
+        torch.testing.assert_close((logprobs, of_tokens), found["learned"][:2], rtol=0, atol=0)
+    learned, measured, none = (found[name][2] for name in ("learned", "measured", "none"))
+    assert learned.requires_grad and not measured.requires_grad and not none.requires_grad
+    torch.testing.assert_close(measured, learned.detach(), rtol=0, atol=0)
+    assert measured.min() > 0.1 and none.tolist() == [0.0, 0.0]
