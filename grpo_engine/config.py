@@ -416,19 +416,25 @@ class DataConfig(Section):
     tiers: tuple[Literal["basic", "challenging", "complex"], ...] = _f(
         ("basic", "challenging", "complex"), "Difficulties to train on and evaluate.", min_length=1
     )
-    max_train_prompts: int = _f(0, "Use only the first this many training prompts; 0 = all.", ge=0, advanced=True)
+    max_train_prompts: int = _f(
+        0, "Use only this many training prompts, each tier its share; 0 = all.", ge=0, advanced=True
+    )
     max_prompt_chars: int = _f(400, "Longest prompt accepted, in characters.", ge=8, le=20_000, advanced=True)
 
 
 class EvaluationConfig(Section):
     """The three-arm comparison on held-out prompts."""
 
-    prompts: int = _f(100, "Held-out test prompts measured; fewer when the set has fewer.", ge=2, le=100_000)
+    prompts: int = _f(
+        100, "Held-out test prompts measured, each tier its share; fewer when the set has fewer.", ge=2, le=100_000
+    )
     images_per_prompt: int = _f(2, "Pictures a prompt and arm, on latents that the arms share.", ge=1, le=64)
     samples: int = _f(2, "Sampled rewrites a prompt (spread over its latents).", ge=0, le=64)
     greedy: bool = _f(True, "Also measure the policy's likeliest rewrite.")
     every: int = _f(0, "Evaluate on validation prompts every this many steps; 0 = never.", ge=0, le=1_000_000)
-    validation_prompts: int = _f(12, "Validation prompts measured then.", ge=2, le=100_000, advanced=True)
+    validation_prompts: int = _f(
+        12, "Validation prompts measured then, each tier its share.", ge=2, le=100_000, advanced=True
+    )
     bootstrap: int = _f(10_000, "Bootstrap resamples of the interval.", ge=100, le=1_000_000, advanced=True)
     confidence: float = _f(0.95, "Coverage of the interval.", gt=0.5, lt=1.0, advanced=True)
     judge: Literal["auto", "checker", "vqa", "none"] = _f(

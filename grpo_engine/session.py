@@ -41,6 +41,7 @@ from .judge import make_judge
 from .loading import check_models, load_environment, read_prompts
 from .memory import changed_settings, plan_memory
 from .placement import Placement, apply_threads, resolve, resolve_cell
+from .prompt_choice import choose_prompts
 from .prompts import Prompt, PromptSet
 from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
@@ -98,9 +99,10 @@ class Plan:
         tiers = set(config.data.tiers)
         chosen = [prompt for prompt in self.prompts.prompts if prompt.tier in tiers]
         by_split = {name: [p for p in chosen if p.split == name] for name in ("train", "validation", "test")}
-        self.train: list[Prompt] = by_split["train"][: config.data.max_train_prompts or None]
-        self.test = by_split["test"][: config.evaluation.prompts]
-        self.validation = by_split["validation"][: config.evaluation.validation_prompts]
+        train, evaluation = by_split["train"], config.evaluation
+        self.train = choose_prompts(train, config.data.max_train_prompts or len(train))
+        self.test = choose_prompts(by_split["test"], evaluation.prompts)
+        self.validation = choose_prompts(by_split["validation"], evaluation.validation_prompts)
         needed = config.training.batch_size
         if len(self.train) < needed:
             raise ConfigError(

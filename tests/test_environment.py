@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_runs import RankScorer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from grpo_engine.control import RunControl, StopRequested
 from grpo_engine.environment import PureGRPOPromptEnvironment, parse_rewrite
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
+from grpo_engine.reward import RewardModel
 from grpo_engine.rollout import Completions, Group
 from grpo_engine.seeding import derive_seed
 
@@ -222,6 +224,17 @@ def test_shuffled_rewards_are_permuted_inside_their_group_only(rebuilt: Rebuilt,
             orders.append(tuple(true.rewards.tolist().index(reward) for reward in dealt.rewards.tolist()))
             assert torch.equal(scored(shuffled, prompt, texts, step=step).rewards, dealt.rewards)
     assert len(set(orders)) > 3  # dealt anew for each prompt and step
+
+
+def test_every_rollout_is_dealt_every_reward_equally_often(rebuilt: Rebuilt, prompts: list[Prompt]) -> None:
+    environment = rebuilt("models.reward.debug=shuffle")
+    environment.reward = RewardModel(RankScorer(), environment.config.models.reward)
+    group = scored(environment, prompts[0], TEXTS)
+    deals = 1000
+    dealt = torch.stack([environment.score(group, step) for step in range(deals)])
+    share = torch.stack([(dealt == reward).float().mean(0) for reward in range(len(TEXTS))])
+    expected = 1 / len(TEXTS)
+    assert float((share - expected).abs().max()) < 5 * (expected * (1 - expected) / deals) ** 0.5
 
 
 def test_a_stop_inside_a_rollout_yields_nothing_more(

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_engine.prompt_choice import choose_prompts
 from grpo_engine.prompt_rows import KINDS, Kind
 from grpo_engine.prompts import (
     MAX_FILE_BYTES,
@@ -526,6 +528,43 @@ def test_any_bytes_give_a_sound_set_or_a_prompt_error(data: bytes, kind: Kind) -
     assert len({prompt.id for prompt in prompts.prompts}) == len(prompts)
     assert len({normalize(prompt.text) for prompt in prompts.prompts}) == len(prompts)
     assert re.fullmatch(r"[0-9a-f]{64}", prompts.fingerprint())
+
+
+# --- Which prompts are used when not all are ---------------------------------------------------------------
+
+TIERED = st.lists(st.sampled_from(TIERS), max_size=40).map(
+    lambda tiers: [Prompt(f"p{n}", f"a prompt {n}", tier, "test") for n, tier in enumerate(tiers)]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TIERED, st.integers(1, 50))
+def test_every_tier_has_its_share_of_the_prompts_that_are_used(prompts: list[Prompt], count: int) -> None:
+    chosen = choose_prompts(prompts, count)
+    assert len(chosen) == min(count, len(prompts))
+    assert chosen == [prompt for prompt in prompts if prompt in chosen], "in the order given, none twice"
+    for tier in TIERS:
+        own, there = (sum(prompt.tier == tier for prompt in some) for some in (chosen, prompts))
+        exact = there * min(1.0, count / max(1, len(prompts)))
+        assert abs(own - exact) < 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(TIERED, st.integers(1, 50), st.randoms(use_true_random=False))
+def test_the_order_of_the_file_does_not_say_which_prompts_are_used(
+    prompts: list[Prompt], count: int, order: random.Random
+) -> None:
+    shuffled = order.sample(prompts, len(prompts))
+    assert {prompt.id for prompt in choose_prompts(shuffled, count)} == {
+        prompt.id for prompt in choose_prompts(prompts, count)
+    }
+
+
+def test_places_that_do_not_divide_are_given_by_largest_remainder() -> None:
+    tiers = ("complex",) * 5 + ("basic",) * 3 + ("challenging",) * 3
+    prompts = [Prompt(f"p{n}", f"a prompt {n}", tier, "test") for n, tier in enumerate(tiers)]
+    counted = [Counter(prompt.tier for prompt in choose_prompts(prompts, count)) for count in (1, 2, 4)]
+    assert counted == [{"complex": 1}, {"complex": 1, "basic": 1}, {"complex": 2, "basic": 1, "challenging": 1}]
 
 
 # --- The set for Stable Diffusion 3 that is shipped --------------------------------------------------------

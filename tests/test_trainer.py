@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -145,6 +146,22 @@ def test_the_gradient_of_a_step_is_that_of_grpo_written_out_by_hand(sampling: tu
     assert figures["total_loss"] == pytest.approx(loss, rel=1e-4)
     assert figures["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
     assert figures["clip_low_fraction"] + figures["clip_high_fraction"] == pytest.approx(clipped / tokens)
+
+
+def test_rewards_dealt_out_at_random_teach_nothing_on_average() -> None:
+    def gradient(order: Sequence[int]) -> Tensor:
+        trained, _ = trainer(small(*UNCLIPPED, "sampling.num_rollouts=3", "objective.kl_coef=0"))
+        perturb(trained)
+        groups = scored(trained)
+        for group in groups:
+            group.rewards = torch.tensor([0.0, 1.0, 5.0])[list(order)]
+        trained.assign_advantages(groups)
+        trained.update(groups, 1)
+        return gradients(trained)
+
+    each = [gradient(order) for order in itertools.permutations(range(3))]
+    assert min(float(one.norm()) for one in each) > 0
+    assert torch.stack(each).mean(0).norm() < 1e-4 * max(float(one.norm()) for one in each)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])

@@ -134,7 +134,8 @@ def test_what_did_not_change_is_not_drawn_again(page: Page, served: Served) -> N
     for _ in range(3):
         page.evaluate("run => microscope.latest(run, 6)", run)
         page.wait_for_timeout(100)
-    assert not [url for url in asked if "microscope" in url]
+    # the screen's own microscope is behind this one, at the newest run, and may still be asking for its step
+    assert not [url for url in asked if f"microscope/step?run={run}" in url]
     assert page.evaluate("changes") == 0
 
 
