@@ -42,7 +42,7 @@ format: $(TEST_STAMP)
 	$(VENV_PYTHON) -m ruff check --fix-only .
 	$(VENV_PYTHON) -m ruff format .
 
-# Half-built embedded models (grpo_engine/tiny/.build) took an hour to train: they are no cache to be swept away.
+# Half-built embedded models (grpo_engine/tiny/.build) took hours to train: they are no cache to be swept away.
 clean:
 	find . \( -path ./.git -o -path ./.venv -o -path ./runs \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

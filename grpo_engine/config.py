@@ -219,7 +219,7 @@ class RewardModelConfig(Section):
     )
     debug: Literal["none", "shuffle"] = _f(
         "none",
-        "'shuffle' deals the rewards of a group out at random: a negative control that must not improve anything.",
+        "'shuffle' deals the rewards of a group out at random: a negative control, in which what changes is drift.",
         advanced=True,
     )
 

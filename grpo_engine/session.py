@@ -42,7 +42,7 @@ from .loading import check_models, load_environment, read_prompts
 from .memory import changed_settings, plan_memory
 from .placement import Placement, apply_threads, resolve, resolve_cell
 from .prompt_choice import choose_prompts
-from .prompts import Prompt, PromptSet
+from .prompts import PromptSet
 from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
 from .sharding import collect, held, shared_out, spread

@@ -102,7 +102,7 @@ def _reward(config: Mapping[str, Any]) -> ChartSpec:
     note = "Every step has other prompts, so single steps jump; the smoothed line is the trend."
     if setting(config, "models.reward.debug", "none") == "shuffle":
         note = (
-            "A negative control: rewards are dealt out at random inside each group, so nothing should improve. " + note
+            "A negative control: rewards are dealt out at random inside each group, so a change here is drift. " + note
         )
     return ChartSpec(
         "reward", "Reward", reward_unit(config), note,

@@ -1,7 +1,8 @@
 """The door of the app: who may ask, from where, and how much. Plain ASGI, in front of everything.
 
 The pages are this program's own; nothing of Gradio's upload, file and call interfaces is used, so all of it is
-closed. That leaves: static files, recorded pictures, and the screens' own routes under ``/grpo``.
+closed. That leaves: static files, pictures, and the screens' own routes under ``/grpo``, with the tables and exports
+that they hand out.
 """
 
 from __future__ import annotations
