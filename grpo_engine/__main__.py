@@ -9,12 +9,13 @@ import argparse
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ConfigError, RunConfig, preset_names, read_override
+from .config import ConfigError, RunConfig, expanded, preset_names, read_override
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -39,9 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, StoreError, CheckpointError) as error:
         print(f"Refused: {error}", file=sys.stderr)
         return REFUSED
+    except Exception as error:  # the last line of defence: a sentence for the person, the traceback in a file
+        print(f"Failed: {_unexpected(error)}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence on what nobody has foreseen; its traceback is written to a file that it names."""
+    with tempfile.NamedTemporaryFile("w", prefix="grpo-error-", suffix=".log", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    reason = f"{type(error).__name__}: {error}".rstrip(".")
+    return f"{reason}. The full traceback is in {file.name}; correct what it names and try again, or report it."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--db", default="runs.db", metavar="PATH", help="database (default: runs.db)")
+        sub.add_argument("--db", default="runs.db", type=_database_path, metavar="PATH",
+                         help="database (default: runs.db)")  # fmt: skip
         sub.set_defaults(action=action)
         return sub
 
@@ -64,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="FIELD=VALUE",
-            help="change a setting, e.g. training.steps=50",
+            help="change a setting, e.g. training.steps=50; objective=dapo (grpo, dr_grpo, rloo, gspo, cispo) sets the "
+            "parts of that method",
         )
 
     sub = command("train", _among_ranks, "start a run and follow it to its report")
@@ -114,6 +128,19 @@ def _parser() -> argparse.ArgumentParser:
     settings(sub)
     sub.add_argument("--json", action="store_true")
     return parser
+
+
+def _database_path(text: str) -> str:
+    """``--db`` with ``~`` filled in, which a shell leaves alone after a ``=``."""
+    try:
+        return str(expanded(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _note(line: str) -> None:
+    """For the person, beside the answer that a program may read."""
+    print(line, file=sys.stderr)
 
 
 def _which(text: str) -> Any:
@@ -181,7 +208,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with _database(options) as store:
         run = store.resolve(options.run)
-        summary = evaluate_run(store, run.id, _which(options.checkpoint), options.prompts)
+        summary = evaluate_run(store, run.id, _which(options.checkpoint), options.prompts, told=_note)
         if options.json:
             print(json.dumps(summary, indent=2))
         else:
@@ -215,7 +242,9 @@ def _fidelity(options: argparse.Namespace) -> int:
         with _database(options) as store:
             row = store.resolve(options.run)
             config = RunConfig.parse(row.config)
-            checkpoint = find_checkpoint(store.run_dir(row.id), _which(options.checkpoint)).path
+            checkpoint, note = find_checkpoint(store.run_dir(row.id), _which(options.checkpoint))
+            if note:
+                _note(note)
             full = changed_settings(config, changes)
             found = measure_fidelity(config, full, options.groups, checkpoint=checkpoint, told=told)
             store.add_event(row.id, "fidelity", found.sentence, checkpoint=checkpoint.name, **found.as_data())

@@ -77,10 +77,20 @@ class Found(NamedTuple):
     note: str
 
 
-def find_checkpoint(run_folder: Path | str, which: Literal["last", "best"] | int = "last") -> Found:
+def has_checkpoint(run_folder: Path | str) -> bool:
+    """Whether a checkpoint was ever saved there, intact or not."""
+    return bool(_step_folders(Path(run_folder) / "checkpoints"))
+
+
+def find_checkpoint(
+    run_folder: Path | str, which: Literal["last", "best"] | int = "last", *, up_to: int | None = None
+) -> Found:
     """The intact checkpoint to use: the last, the best, or that of a step.
 
     When the last is damaged, the newest intact one before it is taken and ``note`` says so.
+
+    Args:
+        up_to: of the last ones, none of a later step than this: as far as the run was recorded.
 
     Raises:
         CheckpointError: there is none, or (for ``best`` and a step) it is damaged.
@@ -102,6 +112,9 @@ def find_checkpoint(run_folder: Path | str, which: Literal["last", "best"] | int
             raise CheckpointError(f"No checkpoint of {run_folder} has a score, so none is best; take the last one.")
         return Found(verify_checkpoint(best.path).path, "")
     for state in course:
+        if up_to is not None and state.step > up_to:
+            problems[state.step] = f"The checkpoint {state.path} is of a later step than the {up_to} that are recorded."
+            continue
         try:
             verify_checkpoint(state.path)
         except CheckpointError as error:

@@ -19,7 +19,7 @@ from rich.text import Text
 from .control import RunControl
 from .distributed import ALONE, World
 from .manager import execute
-from .store import Store
+from .store import Store, StoreError
 from .store.rows import RunRow
 
 REFRESH_SECONDS = 0.25
@@ -43,11 +43,14 @@ def follow(store: Store, run_id: str, world: World = ALONE) -> int:
     """
     control = RunControl()
     outcome: list[str] = []
+    refused: list[StoreError] = []
     ended = threading.Event()
 
     def work() -> None:
         try:
             outcome.append(execute(store, run_id, control, world))
+        except StoreError as error:  # the run is not, or no longer, this process's
+            refused.append(error)
         finally:
             ended.set()
 
@@ -62,8 +65,10 @@ def follow(store: Store, run_id: str, world: World = ALONE) -> int:
         control.command("stop")
         ended.wait()
     worker.join()
+    if refused:
+        raise refused[0]
     run = store.run(run_id)
-    state = outcome[0] if outcome else run.state
+    state = outcome[0]
     if state == "finished":
         print_run(store, run)
     elif state == "stopped":

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .methods import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs"
 DEFAULT_PRESET = "tiny"
@@ -518,12 +520,17 @@ class RunConfig(Section):
     def load(cls, preset_or_path: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> RunConfig:
         """Read a preset (a name in ``configs/``) or a YAML file, apply ``section.field=value`` overrides, validate.
 
+        ``objective=dapo`` stands for the settings of that method (:data:`~grpo_engine.methods.METHODS`); what follows
+        it may change them one by one.
+
         Raises:
             ConfigError: one sentence for each problem, naming the field, the value and what is allowed.
         """
         path = find_preset(preset_or_path)
         data = _read_yaml(path)
         data.setdefault("preset", path.stem)
+        if isinstance(data.get("objective"), str):
+            data["objective"] = _method(data["objective"])
         for override in overrides:
             _apply(data, override)
         return cls.parse(data)
@@ -582,12 +589,24 @@ def preset_names() -> list[str]:
     return sorted(names, key=lambda name: name != DEFAULT_PRESET)
 
 
+def expanded(path: str | Path) -> Path:
+    """``path`` with the home folder in the place of ``~``.
+
+    Raises:
+        ConfigError: it is the home of somebody unknown here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(path)!r} names no home folder; write the folder out.") from error
+
+
 def find_preset(preset_or_path: str | Path) -> Path:
     """The YAML file a preset's name or a path stands for."""
     named = PRESETS / f"{preset_or_path}.yaml"
     if named.is_file():
         return named
-    path = Path(preset_or_path).expanduser()
+    path = expanded(preset_or_path)
     if path.is_file():
         return path
     raise ConfigError(
@@ -603,6 +622,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
         raise ConfigError(f"{path}{line} is not valid YAML text; correct it there or start from a preset.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}); correct that or start from a preset.") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -627,6 +648,10 @@ def read_override(override: str) -> tuple[str, Any]:
 def _apply(data: dict[str, Any], override: str) -> None:
     """Write one ``section.field=value`` into nested ``data``."""
     name, value = read_override(override)
+    if name == "objective" and isinstance(value, str):
+        parts = data.get("objective")
+        data["objective"] = (parts if isinstance(parts, dict) else {}) | _method(value)
+        return
     *parents, leaf = name.split(".")
     node = data
     for parent in parents:
@@ -635,6 +660,15 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {name}: {parent!r} is a setting, not a section.")
         node = child
     node[leaf] = value
+
+
+def _method(name: str) -> dict[str, Any]:
+    if name not in METHODS:
+        raise ConfigError(
+            f"objective is {name!r}, but no method is known by that name; use {', '.join(METHODS)}, or set its parts, "
+            "such as objective.scale=none."
+        )
+    return dict(METHODS[name])
 
 
 def _number(text: str) -> str | float:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
@@ -104,7 +105,8 @@ class World:
         totals: dict[str, float] = defaultdict(float)
         for part in self.gather(dict(figures)):
             for name, value in part.items():
-                totals[name] = max(totals[name], value) if name in largest else totals[name] + value
+                # unlike max(), maximum() keeps a NaN
+                totals[name] = float(np.maximum(totals[name], value)) if name in largest else totals[name] + value
         return totals
 
 

@@ -3,8 +3,8 @@
 It speaks two languages about the same thing. Token by token, as in Gymnasium's vector environments: a state
 is the prompt and the tokens so far, an action is one token, the reward comes at the end
 (:meth:`~PureGRPOPromptEnvironment.reset` and :meth:`~PureGRPOPromptEnvironment.step`). And by whole groups,
-which is how training uses it (:meth:`~PureGRPOPromptEnvironment.rollout`). Both end in the same
-:meth:`~PureGRPOPromptEnvironment.score_groups`, so equal tokens have equal rewards.
+which is how training uses it (:meth:`~PureGRPOPromptEnvironment.rollout`). Both send their groups through the same
+:class:`~grpo_engine.stream.GroupStream`, so equal tokens have equal rewards.
 """
 
 from __future__ import annotations

@@ -262,7 +262,9 @@ def _compare(
 ) -> dict[str, Any]:
     def gain(value: Callable[[EvaluationItem], float]) -> dict[str, Any]:
         new, old = by_prompt(after, value), by_prompt(before, value)
-        shared = [prompt_id for prompt_id in new if prompt_id in old]
+        shared = sorted(
+            prompt_id for prompt_id in new if prompt_id in old
+        )  # resampled alike in whatever order they come
         found = paired_gain(
             np.array([new[i] for i in shared]),
             np.array([old[i] for i in shared]),

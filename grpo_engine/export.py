@@ -34,7 +34,7 @@ from .checkpoint import (
     verify_checkpoint,
 )
 from .checkpoint_folder import STATE_FILE, publish, writing
-from .config import RunConfig
+from .config import RunConfig, expanded
 from .model_card import BASE_FOLDER, PTH_FILE, Format, base_name, card, portable
 from .tiny import WEIGHTS
 
@@ -71,7 +71,7 @@ def export(
         CheckpointError: no usable checkpoint, or the disk refused.
         ExportError: the target is taken, or the format does not fit the policy.
     """
-    target = Path(to).expanduser().resolve()
+    target = expanded(to).resolve()
     with writing(f"The export {target}"):
         _tidy(target)
     _check_target(target, force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def pass_loss(
         )
         if first:
             error = float(((logprobs - old).exp() - 1.0)[mask].abs().max())
-            sums["ratio_error"] = max(sums["ratio_error"], error)
+            sums["ratio_error"] = float(np.maximum(sums["ratio_error"], error))  # unlike max() it keeps a NaN
         sums["total_loss"] += float(loss)
         sums["policy_loss"] += float(aggregate_sum(surrogate, mask, how=how) / size)
         sums["tokens"] += float(mask.sum())

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .config import ConfigError, RunConfig
 from .policy import PureGRPOPolicy
 from .prompts import Prompt
 from .rollout import Picture
+from .tiny.world import RESOLUTION
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,38 @@ class VqaJudge:
         return [Judgement(answer) for answer in answers]
 
 
-def make_judge(choice: str, prompts: Sequence[Prompt], policy: PureGRPOPolicy) -> Judge | None:
+def checkable(config: RunConfig, prompts: Sequence[Prompt]) -> bool:
+    """Whether the checker can read the pictures of ``prompts``: each carries a request, and their size is its own."""
+    return config.models.image.resolution == RESOLUTION and all("request" in prompt.meta for prompt in prompts)
+
+
+def check_judge(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse a judge that could not judge ``prompts``.
+
+    Raises:
+        ConfigError: the checker is asked for, but can't read the pictures or doesn't know what a prompt asks for.
+    """
+    if config.evaluation.judge != "checker" or checkable(config, prompts):
+        return
+    if config.models.image.resolution != RESOLUTION:
+        raise ConfigError(
+            f"evaluation.judge is 'checker', which reads pictures of {RESOLUTION} pixels only, but "
+            f"models.image.resolution is {config.models.image.resolution}; use 'auto' or 'vqa'."
+        )
+    raise ConfigError(
+        "evaluation.judge is 'checker', but the prompt set has prompts without a 'request' for it to check; "
+        "use 'auto' or 'vqa'."
+    )
+
+
+def make_judge(config: RunConfig, prompts: Sequence[Prompt], policy: PureGRPOPolicy) -> Judge | None:
     """The judge that ``evaluation.judge`` names; "auto" takes the checker where every prompt can be checked.
 
     Raises:
-        ValueError: if the checker is asked for but a prompt carries no request.
+        ConfigError: see :func:`check_judge`.
     """
-    checkable = all("request" in prompt.meta for prompt in prompts)
-    if choice == "checker" and not checkable:
-        raise ValueError(
-            "evaluation.judge is 'checker', but the prompt set has prompts without a 'request' for it to check; "
-            "use 'auto' or 'vqa'."
-        )
+    check_judge(config, prompts)
+    choice = config.evaluation.judge
     if choice == "none":
         return None
-    return CheckerJudge() if choice == "checker" or (choice == "auto" and checkable) else VqaJudge(policy)
+    return CheckerJudge() if choice != "vqa" and checkable(config, prompts) else VqaJudge(policy)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import hub, model_files
-from .config import ROOT, ConfigError, RunConfig
+from .config import ROOT, ConfigError, RunConfig, expanded
 from .distributed import ALONE, Ranks, World
 from .environment import PureGRPOPromptEnvironment
 from .image_families import family_of
@@ -33,7 +33,7 @@ PROMPTS = ROOT / "configs" / "prompts"
 def prompt_file(name: str) -> Path:
     """The file that a prompt set's name or path stands for."""
     shipped = PROMPTS / f"{name}.jsonl"
-    return shipped if shipped.is_file() else Path(name).expanduser()
+    return shipped if shipped.is_file() else expanded(name)
 
 
 def read_prompts(config: RunConfig) -> PromptSet:
@@ -63,7 +63,7 @@ def model_folder(path: str, part: str) -> str:
         ConfigError: the embedded weights are missing.
     """
     if path != "tiny":
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         return str(folder) if folder.is_dir() else path
     folder = WEIGHTS / part
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def check_models(config: RunConfig, placement: Placement) -> list[hub.Download]:
         ("models.image.path", models.image.path),
         ("models.reward.path", models.reward.path),
     ):
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         if path.startswith(("/", ".", "~")) and not folder.is_dir():
             raise ConfigError(f"{setting} is {path!r}, but there is no such folder; give another.")
         if path == "tiny" or not folder.is_dir():
@@ -118,14 +118,14 @@ def _check_reward(config: RunConfig) -> None:
 
     settings = config.models.reward
     name, tag = reward_name(config), settings.pretrained
-    known = ":" in name or Path(tag).expanduser().is_file() or (tag and open_clip.get_pretrained_cfg(name, tag))
+    known = ":" in name or expanded(tag).is_file() or (tag and open_clip.get_pretrained_cfg(name, tag))
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         wrong = f"{tag!r}, which is no file and no tag of {name}" if tag else f"empty, but {name} needs weights"
         way = f"use one of its tags ({tags}) or a file of weights" if tags else "name a file of weights"
         raise ConfigError(f"models.reward.pretrained is {wrong}; {way}.")
     head = settings.aesthetic
-    if head and not hub.is_hub_file(head) and not Path(head).expanduser().is_file():
+    if head and not hub.is_hub_file(head) and not expanded(head).is_file():
         raise ConfigError(
             f"models.reward.aesthetic is {head!r}, but there is no such file; name a file, or owner/name/file on "
             "the hub."
@@ -259,7 +259,7 @@ def load_reward(config: RunConfig, device: torch.device) -> RewardModel:
     others: dict[str, PictureScorer] = {}
     if settings.aesthetic:
         named = settings.aesthetic
-        file = hub.hub_file(named) if hub.is_hub_file(named) else Path(named).expanduser()
+        file = hub.hub_file(named) if hub.is_hub_file(named) else expanded(named)
         others["aesthetic"] = AestheticScorer(clip, *load_head(file, named), named)
     return RewardModel(clip, settings, others)
 

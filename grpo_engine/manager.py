@@ -61,10 +61,6 @@ class RunManager:
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def recover(self) -> list[str]:
-        """Mark runs whose process died as interrupted; returns their ids."""
-        return self.store.interrupt_stale()
-
     def submit(self, config: RunConfig) -> str:
         """Check ``config``, record a queued run and work on it as soon as the runs before it are done.
 

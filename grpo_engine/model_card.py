@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .checkpoint_folder import CheckpointState
 from .config import RunConfig
+from .environment import QUOTES
 
 Format = Literal["peft", "merged", "pth"]
 
@@ -193,7 +194,7 @@ def rewrite(prompt):
     chosen = dict(max_new_tokens={config.sampling.max_new_tokens}, do_sample=False, repetition_penalty=1.0)
     output = policy.generate(**tokens, **chosen)[0, tokens["input_ids"].shape[1]:]
     lines = tokenizer.decode(output, skip_special_tokens=True).splitlines()
-    lines = [" ".join(line.split()).strip("\\"'` ") for line in lines]
+    lines = [" ".join(line.split()).strip({QUOTES + " "!r}) for line in lines]
     return next((line for line in lines if any(map(str.isalnum, line))), prompt)
 """
 

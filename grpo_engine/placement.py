@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -178,6 +179,12 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 def apply_threads(config: RunConfig) -> None:
-    """Limit this process's CPU threads as configured."""
-    if config.placement.threads:
-        torch.set_num_threads(config.placement.threads)
+    """Limit this process's CPU threads as configured; 0 lifts the limit of an earlier run in the same process."""
+    unlimited = _unlimited_threads()
+    torch.set_num_threads(config.placement.threads or unlimited)
+
+
+@lru_cache
+def _unlimited_threads() -> int:
+    """As many as there were when this was first asked, before any run limited them."""
+    return torch.get_num_threads()

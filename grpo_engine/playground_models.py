@@ -21,10 +21,10 @@ from .checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from .config import ConfigError, RunConfig
 from .environment import parse_rewrite
 from .image_model import ImageModel, RenderJob, read_length
-from .judge import CheckerJudge, Judge, VqaJudge
+from .judge import CheckerJudge, Judge, VqaJudge, checkable
 from .loading import load_images, load_policy, load_reward, prompt_token_limit
 from .memory import plan_memory
-from .placement import Placement, intended, resolve
+from .placement import Placement, apply_threads, intended, resolve
 from .playground_try import Column, PlaygroundCrowded, PlaygroundError, Try
 from .policy import Poll, PureGRPOPolicy, no_poll
 from .prompts import Prompt
@@ -57,7 +57,6 @@ class PlaygroundModels:
     """One policy, one image model and one reward model, kept from try to try and loaded when others are asked for."""
 
     def __init__(self) -> None:
-        self._threads = torch.get_num_threads()
         self._policy: tuple[Any, PureGRPOPolicy] | None = None
         self._painter: tuple[Any, ImageModel, RewardModel] | None = None
 
@@ -71,7 +70,7 @@ class PlaygroundModels:
         config = RunConfig.parse(asked.settings)
         _refuse_long(asked.prompt, config)
         placement = resolve(config.placement)
-        torch.set_num_threads(config.placement.threads or self._threads)
+        apply_threads(config)
         seeds = latent_seeds(asked)
         judge_name = _judge_name(asked, config)
         told("facts", latents=[str(seed) for seed in seeds], judge=judge_name, question=config.models.policy.question)
@@ -203,8 +202,7 @@ class PlaygroundModels:
         """Draw and score every text on every latent, the columns side by side."""
         assert self._painter is not None
         _, images, reward = self._painter
-        meta = {} if asked.request is None else {"request": asked.request}
-        prompt = Prompt("playground", asked.prompt, "basic", "test", meta)
+        prompt = _prompt(asked)
         wanted = [
             (index, k, RenderJob(text, seed))
             for k, seed in enumerate(seeds)
@@ -246,12 +244,17 @@ def _shortened(sentence: str, column: Column) -> str:
     return sentence.replace(f"{column.folder}/checkpoints/", "").replace(column.folder, "This run")
 
 
+def _prompt(asked: Try) -> Prompt:
+    meta = {} if asked.request is None else {"request": asked.request}
+    return Prompt("playground", asked.prompt, "basic", "test", meta)
+
+
 def _judge_name(asked: Try, config: RunConfig) -> str:
     """The checker where the prompt says what to check, else the untrained policy; "none" where the run has none."""
     choice = config.evaluation.judge
     if choice == "none":
         return choice
-    return "checker" if asked.request is not None and choice != "vqa" else "vqa"
+    return "checker" if choice != "vqa" and checkable(config, [_prompt(asked)]) else "vqa"
 
 
 def _refuse_long(prompt: str, config: RunConfig) -> None:

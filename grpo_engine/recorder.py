@@ -1,7 +1,7 @@
 """What a run tells the world while it goes on: the only way out of the trainer.
 
-The trainer and the evaluation know this protocol and nothing of databases or files; ``store.py`` implements
-it for ``runs.db``. Every call returns at once or raises what a background writer ran into earlier.
+The trainer and the evaluation know this protocol and nothing of databases or files; ``store/recorder.py``
+implements it for ``runs.db``. Every call returns at once or raises what a background writer ran into earlier.
 """
 
 from __future__ import annotations

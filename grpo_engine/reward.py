@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import ConfigError, RewardModelConfig
+from .config import ConfigError, RewardModelConfig, expanded
 from .policy import PureGRPOPolicy
 from .rollout import Picture, Score
 
@@ -165,7 +165,7 @@ def load_clip_scorer(path: str, config: RewardModelConfig, device: torch.device,
     import open_clip
 
     name = with_its_gelu(path, config.pretrained)
-    file = Path(config.pretrained).expanduser()
+    file = expanded(config.pretrained)
     weights = str(file) if file.is_file() else config.pretrained or None
     model = open_clip.create_model(name, pretrained=weights, device=device, precision="fp32")
     model = model.to(dtype).eval().requires_grad_(False)

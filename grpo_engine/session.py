@@ -23,9 +23,9 @@ from torch.nn import Parameter
 
 from .checkpoint import (
     CheckpointError,
-    CheckpointState,
     Snapshot,
     find_checkpoint,
+    has_checkpoint,
     load_checkpoint,
     prune,
     read_rollouts,
@@ -37,7 +37,7 @@ from .control import RunControl, StopRequested
 from .distributed import ALONE, RankLost, Ranks, World
 from .environment import PureGRPOPromptEnvironment
 from .evaluation import Evaluator, summarise
-from .judge import make_judge
+from .judge import check_judge, checkable, make_judge
 from .loading import check_models, load_environment, read_prompts
 from .memory import changed_settings, plan_memory
 from .placement import Placement, apply_threads, resolve, resolve_cell
@@ -47,6 +47,7 @@ from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
 from .sharding import collect, held, shared_out, spread
 from .store import Store, StoreError
+from .store.owner import owner_of, this_process
 from .store.recorder import StoreRecorder
 from .store.rows import ENDINGS
 from .trackers import TrackedRecorder, check_trackers
@@ -64,6 +65,7 @@ class Plan:
     Args:
         whole: a single rank may hold the whole policy, whatever ``placement.shard_policy`` says: it goes on with, or
             looks at, what several began.
+        training: whether anything is to be learned, or only measured, for which training prompts are not needed.
 
     Raises:
         ConfigError: prompts, devices or sizes that can't work, or models that don't fit there; one sentence.
@@ -71,7 +73,7 @@ class Plan:
     ``config`` is the one given, with numbers in the place of what the machine decides.
     """
 
-    def __init__(self, config: RunConfig, world: World = ALONE, *, whole: bool = False) -> None:
+    def __init__(self, config: RunConfig, world: World = ALONE, *, whole: bool = False, training: bool = True) -> None:
         self.config = config
         if config.placement.shard_policy and world.size == 1 and not whole:
             raise ConfigError(
@@ -104,7 +106,7 @@ class Plan:
         self.test = choose_prompts(by_split["test"], evaluation.prompts)
         self.validation = choose_prompts(by_split["validation"], evaluation.validation_prompts)
         needed = config.training.batch_size
-        if len(self.train) < needed:
+        if training and len(self.train) < needed:
             raise ConfigError(
                 f"training.batch_size is {needed}, but data.prompts {config.data.prompts!r} has only {len(self.train)} "
                 f"training prompts in the tiers {', '.join(config.data.tiers)}; add prompts or lower it."
@@ -116,17 +118,16 @@ class Plan:
             )
         if config.evaluation.every and len(self.validation) < 2:
             raise ConfigError(
-                f"evaluation.every is {config.evaluation.every}, but data.prompts {config.data.prompts!r} has no "
-                "validation prompts; add some or set evaluation.every to 0."
+                f"evaluation.every is {config.evaluation.every}, but data.prompts {config.data.prompts!r} has "
+                f"{len(self.validation)} validation prompts in the tiers {', '.join(config.data.tiers)}, but measuring "
+                "a gain needs at least 2; add some or set evaluation.every to 0."
             )
-        if config.evaluation.judge == "checker" and not all("request" in prompt.meta for prompt in self.test):
-            raise ConfigError(
-                "evaluation.judge is 'checker', but the prompt set has prompts without a 'request' for it to check; "
-                "use 'auto' or 'vqa'."
-            )
-        measured = (*self.test, *self.validation)
-        checkable = all("request" in prompt.meta for prompt in measured)
-        if config.models.reward.weights.vqa and config.evaluation.judge == "auto" and not checkable:
+        self.watched, self.watched_split = (
+            (self.validation, "validation") if len(self.validation) >= 2 else (self.test, "test")
+        )
+        measured = (*self.test, *self.watched)
+        check_judge(config, measured)
+        if config.models.reward.weights.vqa and config.evaluation.judge == "auto" and not checkable(config, measured):
             raise ConfigError(
                 "evaluation.judge is 'auto', which for these prompts is 'vqa', but models.reward.weights.vqa trains on "
                 "the same question, so it would judge nothing; set evaluation.judge to 'none', or that weight to 0."
@@ -173,12 +174,20 @@ class Session:
         """Execute the run to its end; returns the final state.
 
         Every exception becomes the state "failed" with one sentence; the traceback goes to the run's log.
+
+        Raises:
+            StoreError: the run is another process's, or was ended or taken over by one; nothing of it was changed.
         """
         before = self.store.require_local(self.run_id)
+        if before.active and before.state != "queued":  # a queued run has no process
+            raise StoreError(
+                f"Run {before.id} is {before.state} in process {before.pid} on {before.host}; stop it first."
+            )
         resuming = before.resumed_count > 0 or before.state in ENDINGS
         try:
             self.config = RunConfig.parse(before.config)
         except ConfigError as error:  # recorded by another version
+            self.store.set_state(self.run_id, "loading")  # the one way from every state to "failed"
             self.store.set_state(self.run_id, "failed", str(error))
             return "failed"
         self.world.obey(self.control, lambda sentence: self.store.set_state(self.run_id, "failed", sentence))
@@ -191,15 +200,23 @@ class Session:
                 recorder.state(state, message)
                 recorder.flush()
         except StoreError as error:  # the recorder itself failed, a full disk perhaps: say so past it
-            state = "failed"
+            if not self._own():
+                raise
             log.exception("run %s could not be recorded", self.run_id)
-            if self.store.run(self.run_id).active:
-                self.store.set_state(self.run_id, state, str(error))
+            state = "failed"
+            self.store.set_state(self.run_id, state, str(error))
         return state
+
+    def _own(self) -> bool:
+        """Whether the run is this process's to end: nobody has ended it, and nobody else has taken it."""
+        run = self.store.run(self.run_id)
+        return run.state == "queued" or run.active and owner_of(run) == this_process()
 
     def _guarded(self, recorder: StoreRecorder, resuming: bool) -> tuple[str, str]:
         """Run; returns the final state and a sentence on why."""
         try:
+            if resuming:
+                self.config = self._as_begun()
             self.world.decide(lambda: (self.config.model_dump(mode="json"), resuming))  # what a companion waits for
             with ThreadPoolExecutor(1, "checkpoint") as self._saver:
                 self._run(recorder, resuming)
@@ -216,6 +233,16 @@ class Session:
             reason = f"{type(error).__name__}: {error}".rstrip(".")
             return "failed", f"{reason}. The full traceback is in grpo_training.log."
         return "finished", ""
+
+    def _as_begun(self) -> RunConfig:
+        """The settings with the number of pictures at once that the run began with, where the machine decides it.
+
+        Pictures in other company are rounded otherwise, so with another number this would be another run.
+        """
+        if self.config.models.image.batch_size or not has_checkpoint(self.folder):
+            return self.config
+        begun = RunConfig.load(find_checkpoint(self.folder).path / "config.yaml")
+        return changed_settings(self.config, {"models.image.batch_size": begun.models.image.batch_size})
 
     def _heard(self, recorder: AnyRecorder) -> Callable[[str, int, int], None]:
         """Records the progress of loading, and lets a stop end a download."""
@@ -241,6 +268,8 @@ class Session:
 
     def _run(self, recorder: AnyRecorder, resuming: bool) -> None:
         plan = self.world.together(lambda: Plan(self.config, self.world, whole=resuming))
+        if resuming:
+            self.world.decide(lambda: self._require_same_prompts(plan))
         chosen, self.config = self.config, plan.config
         apply_threads(self.config)
         environment = self.loaded or load_environment(self.config, plan.placement, self._heard(recorder), self.world)
@@ -264,12 +293,12 @@ class Session:
         if self.config.placement.shard_policy and self.world.size > 1:
             here, everything = (size / 1e6 for size in held(policy.model))
             recorder.event("sharding", f"This rank holds {here:,.1f} of the policy's {everything:,.1f} MB of weights.")
-        judge = make_judge(self.config.evaluation.judge, plan.test, policy)
+        judge = make_judge(self.config, plan.test, policy)
         evaluator = Evaluator(environment, judge, self.world.share(plan.test), self.config)
         trainer = PureGRPOTrainer(
             self.config, environment, plan.train, recorder, self.control,
             after_step=lambda step, metrics: self._after_step(trainer, recorder, plan, step, metrics),
-            judge=judge if all("request" in prompt.meta for prompt in plan.train) else None,
+            judge=judge if checkable(self.config, plan.train) else None,
             world=self.world,
         )  # fmt: skip
         if isinstance(policy.turns, SharedTurns):
@@ -309,11 +338,24 @@ class Session:
             spread(self.world, trainer.parameters, trainer.optimizer, self._loaded)
         self._loaded = {}
 
+    def _require_same_prompts(self, plan: Plan) -> None:
+        """Refuse to go on with other prompts: a gain would compare pictures of different ones.
+
+        Raises:
+            ConfigError: the prompt set is not the one the run began with.
+        """
+        begun = self.store.run(self.run_id)
+        if begun.prompt_fingerprint and begun.prompt_fingerprint != plan.prompts.fingerprint():
+            raise ConfigError(
+                f"The prompts in data.prompts {self.config.data.prompts!r} have changed since the run began, so it "
+                "can't go on as the same run; put the old file back, or start a new run."
+            )
+
     def _restore(self, trainer: PureGRPOTrainer, recorder: AnyRecorder) -> None:
         """Put the trainer where the last checkpoint was, and the store too; without one, begin anew."""
-        state: CheckpointState | None = None
-        if (self.folder / "checkpoints").is_dir() and any((self.folder / "checkpoints").glob("step-*")):
-            found = find_checkpoint(self.folder, "last")
+        recorder.flush()
+        if has_checkpoint(self.folder):
+            found = find_checkpoint(self.folder, up_to=self.store.run(self.run_id).step)
             if found.note:
                 recorder.event("warning", found.note)
             state = load_checkpoint(found.path, trainer.policy, trainer.optimizer, self._put)
@@ -350,14 +392,13 @@ class Session:
         return bool(every) and step > 0 and step % every == 0 and step < self.config.training.steps
 
     def _validate(self, trainer: PureGRPOTrainer, recorder: AnyRecorder, plan: Plan, step: int) -> None:
-        prompts = plan.validation or plan.test
-        judge = make_judge(self.config.evaluation.judge, prompts, trainer.policy)
+        prompts, split = plan.watched, plan.watched_split
+        judge = make_judge(self.config, prompts, trainer.policy)
         evaluator = Evaluator(trainer.environment, judge, self.world.share(prompts), self.config)
         recorder.state("evaluating")
         trainer.stream.pipeline.settle()  # what is rendered ahead: a model works for one caller at a time
         remembered = trainer.environment.cache.hits
         items = self._measured(evaluator.arms(trained=False) + evaluator.arms(trained=True), evaluator, recorder)
-        split = "validation" if plan.validation else "test"
         summary = self.world.decide(lambda: summarise(items, self.config))
         recorder.evaluation(Evaluation("validation", step, split, items, summary))
         if remembered := trainer.environment.cache.hits - remembered:
@@ -469,21 +510,28 @@ def _as_item(row: Any) -> EvaluationItem:
     )
 
 
-def evaluate_run(store: Store, run_id: str, which: Any = "last", prompts: str = "") -> dict[str, Any]:
+def evaluate_run(
+    store: Store, run_id: str, which: Any = "last", prompts: str = "", told: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Measure all arms of a run's saved policy again and return the summary; the run itself is not changed.
 
-    ``prompts`` names another prompt set; its test prompts are then measured.
+    Args:
+        prompts: another prompt set, whose test prompts are then measured.
+        told: is called with which policy is measured, before that begins.
     """
     config = RunConfig.parse(store.run(run_id).config)
     if prompts:
         config = RunConfig.parse(config.model_dump() | {"data": config.data.model_dump() | {"prompts": prompts}})
-    plan = Plan(config, whole=True)
+    plan = Plan(config, whole=True, training=False)
     config = plan.config
     found = find_checkpoint(store.run_dir(run_id), which)
+    if found.note:
+        told(found.note)
     apply_threads(config)
     environment = load_environment(config, plan.placement)
-    load_checkpoint(found.path, environment.policy)
-    judge = make_judge(config.evaluation.judge, plan.test, environment.policy)
+    step = load_checkpoint(found.path, environment.policy).step
+    told(f"Measuring the policy after step {step} on {len(plan.test)} prompts.")
+    judge = make_judge(config, plan.test, environment.policy)
     evaluator = Evaluator(environment, judge, plan.test, config)
     arms = [*evaluator.arms(trained=False), *evaluator.arms(trained=True)]
     return summarise([item for arm in arms for item in evaluator.measure(arm)], config)

@@ -342,9 +342,10 @@ class PureGRPOTrainer:
         self._ratio_reported = True
         good = error <= RATIO_TOLERANCE
         verdict = "as it should be" if good else "more than rounding in float32 explains"
+        found = "is not a number" if math.isnan(error) else f"is off 1 by at most {error:.1e}: {verdict}"
         self.recorder.event(
             "ratio_check",
-            f"Before the first update the probability ratio is off 1 by at most {error:.1e}: {verdict}.",
+            f"Before the first update the probability ratio {found}.",
             error=error,
             tolerance=RATIO_TOLERANCE,
         )

@@ -23,6 +23,8 @@ from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
 from grpo_engine.reward import RewardModel
 
+torch.set_num_threads(1)  # before anything asks how many there are: small models gain nothing from more
+
 CHEAP = (
     "models.image.steps=2",
     "sampling.max_new_tokens=10",
@@ -40,7 +42,6 @@ def run_config(*overrides: str) -> RunConfig:
 @pytest.fixture(scope="session")
 def environment() -> PureGRPOPromptEnvironment:
     """The embedded policy, image model and reward. Shared: no test may change its weights."""
-    torch.set_num_threads(1)
     return load_environment(run_config())
 
 
@@ -64,7 +65,6 @@ def rebuilt(environment: PureGRPOPromptEnvironment) -> Callable[..., PureGRPOPro
 @pytest.fixture
 def own_policy() -> Callable[..., PureGRPOPolicy]:
     """``own_policy("models.policy.adapter=full", ...)``: a policy whose weights a test may change."""
-    torch.set_num_threads(1)
     return lambda *overrides: load_policy(run_config(*overrides), torch.device("cpu"))
 
 

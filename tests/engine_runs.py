@@ -19,8 +19,8 @@ from torch import Tensor
 from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
-from grpo_engine.loading import load_environment
-from grpo_engine.prompts import Prompt
+from grpo_engine.loading import load_environment, prompt_file
+from grpo_engine.prompts import Prompt, load_prompts
 from grpo_engine.recorder import STEP_METRICS, Evaluation
 from grpo_engine.reward import RewardModel
 from grpo_engine.rollout import Group, Picture
@@ -166,7 +166,8 @@ class StopAtPoll(RunControl):
 
 def create(store: Store, config: RunConfig) -> str:
     """A queued run."""
-    return store.create_run(config, prompt_set=config.data.prompts)
+    prompts = load_prompts(prompt_file(config.data.prompts))
+    return store.create_run(config, prompt_set=prompts.name, prompt_fingerprint=prompts.fingerprint())
 
 
 def recorded(store: Store, run_id: str) -> dict[str, NDArray[Any]]:

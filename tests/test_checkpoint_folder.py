@@ -21,6 +21,7 @@ from saved_policy import Trained, load_policy, new_optimizer, save, train, write
 from grpo_engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
+    has_checkpoint,
     load_checkpoint,
     prune,
     verify_checkpoint,
@@ -102,6 +103,28 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_newest_intact_one_and_says_s
     (tmp_path / "checkpoints/step-000020" / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no intact checkpoint left.*step-000030 is damaged"):
         find_checkpoint(tmp_path)
+
+
+def test_of_the_last_checkpoints_none_is_taken_that_is_newer_than_what_was_recorded(
+    base: Path, trained: Trained, tmp_path: Path
+) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, base, trained, step, None)
+    assert find_checkpoint(tmp_path, up_to=30).note == ""
+    found = find_checkpoint(tmp_path, up_to=29)
+    assert found.path.name == "step-000020"
+    assert "step-000030" in found.note and "later step than the 29" in found.note
+    with pytest.raises(CheckpointError, match="start the run again"):
+        find_checkpoint(tmp_path, up_to=9)
+
+
+def test_a_checkpoint_counts_even_if_its_replacement_was_cut_short(
+    base: Path, trained: Trained, tmp_path: Path
+) -> None:
+    assert not has_checkpoint(tmp_path)
+    save(tmp_path, base, trained, 10, None)
+    (tmp_path / "checkpoints" / "step-000010").rename(tmp_path / "checkpoints" / ".replaced-step-000010-1")
+    assert has_checkpoint(tmp_path)
 
 
 def test_a_run_without_checkpoints_or_scores_is_told_apart(base: Path, trained: Trained, tmp_path: Path) -> None:

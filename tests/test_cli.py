@@ -428,3 +428,41 @@ def test_an_interrupted_run_saves_itself_exits_with_130_and_can_be_resumed(tmp_p
     with Store(db) as store:
         assert (store.run(run.id).state, store.run(run.id).step) == ("finished", run.step + 1)
         assert store.check() == []
+
+
+# -- what is refused, and what nobody foresaw ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--check", "--config", "~nobody-of-that-name/x.yaml"),
+        ("train", "--check", "--set", "data.prompts=~nobody-of-that-name/x.jsonl"),
+        ("train", "--check", "--set", "models.policy.path=~nobody-of-that-name/model"),
+        ("runs", "--db=~nobody-of-that-name/runs.db"),
+    ],
+)
+def test_a_home_folder_that_does_not_exist_is_refused_in_a_sentence(arguments: tuple[str, ...]) -> None:
+    outcome = call(*arguments)
+    assert outcome.code == 2
+    assert "names no home folder; write the folder out" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_database_below_the_home_folder_is_found(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(finished.db.parent))
+    outcome = call("runs", "--db=~/runs.db")
+    assert outcome.code == 0 and "the first" in outcome.out
+
+
+def test_what_nobody_foresaw_is_a_sentence_and_its_traceback_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("grpo_engine.doctor.examine", broken)
+    outcome = call("doctor")
+    assert outcome.code == 1
+    assert outcome.err.startswith("Failed: ZeroDivisionError: a bug. The full traceback is in ")
+    file = Path(outcome.err.partition("traceback is in ")[2].partition(";")[0])
+    assert "Traceback (most recent call last)" in file.read_text(encoding="utf-8")
+    file.unlink()

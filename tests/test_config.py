@@ -20,6 +20,7 @@ from grpo_engine.config import (
     flatten,
     preset_names,
 )
+from grpo_engine.methods import METHODS, method_of
 from grpo_engine.placement import resolve
 
 
@@ -267,6 +268,34 @@ def test_the_clips_default_to_the_clip_ratio_and_can_differ() -> None:
     assert RunConfig.load("tiny", ["objective.clip_ratio=0.1"]).objective.clips == (0.1, 0.1)
     assert RunConfig.load("tiny", ["objective.clip_high=0.28"]).objective.clips == (0.2, 0.28)
     assert RunConfig.load("tiny", ["objective.clip_low=0.3"]).objective.clips == (0.3, 0.2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_by_name_sets_its_parts_and_is_told_by_them(name: str, tmp_path: Path) -> None:
+    config = RunConfig.load("tiny", ["objective.scale=batch", f"objective={name}"])
+    objective = config.objective.model_dump()
+    assert {part: objective[part] for part in METHODS[name]} == dict(METHODS[name])
+    untouched = RunConfig.load("tiny").objective.model_dump()
+    assert {part: value for part, value in objective.items() if part not in METHODS[name]} == {
+        part: value for part, value in untouched.items() if part not in METHODS[name]
+    }
+    assert method_of(objective) == name
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"objective: {name}\n", encoding="utf-8")
+    assert method_of(RunConfig.load(path).objective.model_dump()) == name
+
+
+def test_the_parts_of_a_method_can_be_changed_after_it() -> None:
+    mixed = RunConfig.load("tiny", ["objective=dapo", "objective.kl_coef=0.01"]).objective
+    assert (mixed.kl_coef, mixed.clip_high, mixed.aggregation) == (0.01, 0.28, "token")
+    assert method_of(mixed.model_dump()) is None
+    assert RunConfig.load("tiny", ["objective.kl_coef=0.01", "objective=dapo"]).objective.kl_coef == 0
+
+
+def test_an_unknown_method_is_refused_with_those_there_are() -> None:
+    assert refusal("objective=ppo").startswith(
+        "objective is 'ppo', but no method is known by that name; use grpo, dapo,"
+    )
 
 
 def test_a_loaded_configuration_cannot_be_changed() -> None:

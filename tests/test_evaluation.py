@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -236,6 +237,15 @@ def test_only_prompts_that_both_arms_have_are_compared() -> None:
     assert summarise(items, small())["gains"]["trained_vs_untrained"]["n"] == 2
 
 
+def test_the_order_in_which_items_come_does_not_move_an_interval() -> None:
+    names = [f"p{number}" for number in random.Random(0).sample(range(40), 40)]
+    values = np.random.default_rng(0).normal(0.0, 3.0, 40)
+    items = [item(arm, name, value * factor) for arm, factor in (("untrained", 1.0), ("trained", 1.5))
+             for name, value in zip(names, values, strict=True)]  # fmt: skip
+    read_back = sorted(items, key=lambda one: one.prompt_id)  # as the database gives them to a resumed run
+    assert summarise(read_back, small())["gains"] == summarise(items, small())["gains"]
+
+
 def test_without_samples_the_greedy_arms_make_the_headline() -> None:
     items = [
         item(arm, name, reward)
@@ -271,7 +281,7 @@ def evaluator(*overrides: str) -> tuple[Evaluator, PureGRPOPromptEnvironment, Ru
     config = small(*overrides)
     loaded = fresh_environment(config)
     prompts = Plan(config).test
-    judge = make_judge(config.evaluation.judge, prompts, loaded.policy)
+    judge = make_judge(config, prompts, loaded.policy)
     return Evaluator(loaded, judge, prompts, config), loaded, config
 
 

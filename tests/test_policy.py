@@ -20,8 +20,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from grpo_engine.config import ConfigError
 from grpo_engine.environment import PureGRPOPromptEnvironment
-from grpo_engine.judge import CheckerJudge, VqaJudge, make_judge
+from grpo_engine.judge import CheckerJudge, Judge, VqaJudge, make_judge
 from grpo_engine.loading import model_folder
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.policy_family import adapter_layers, language_model
@@ -30,6 +31,7 @@ from grpo_engine.rollout import Completions
 from grpo_engine.sampler import truncate
 from grpo_engine.seeding import derive_seed
 from grpo_engine.small_decoder import SmallDecoder, suits
+from tests.conftest import run_config
 
 Rebuilt = Callable[..., PureGRPOPromptEnvironment]
 OwnPolicy = Callable[..., PureGRPOPolicy]
@@ -648,14 +650,22 @@ def test_the_judge_is_chosen_by_what_the_prompts_carry(
     environment: PureGRPOPromptEnvironment, prompts: list[Prompt]
 ) -> None:
     policy, plain = environment.policy, [Prompt("x", "a lighthouse", "basic", "test")]
-    assert isinstance(make_judge("auto", prompts, policy), CheckerJudge)
-    assert isinstance(make_judge("checker", prompts, policy), CheckerJudge)
-    assert isinstance(make_judge("auto", plain, policy), VqaJudge)
-    assert isinstance(make_judge("auto", [*prompts, *plain], policy), VqaJudge)
-    assert isinstance(make_judge("vqa", prompts, policy), VqaJudge)
-    assert make_judge("none", prompts, policy) is None
-    with pytest.raises(ValueError, match="evaluation.judge is 'checker'.*'auto' or 'vqa'"):
-        make_judge("checker", plain, policy)
+
+    def made(choice: str, asked: list[Prompt], *others: str) -> Judge | None:
+        return make_judge(run_config(f"evaluation.judge={choice}", *others), asked, policy)
+
+    assert isinstance(made("auto", prompts), CheckerJudge)
+    assert isinstance(made("checker", prompts), CheckerJudge)
+    assert isinstance(made("auto", plain), VqaJudge)
+    assert isinstance(made("auto", [*prompts, *plain]), VqaJudge)
+    assert isinstance(made("vqa", prompts), VqaJudge)
+    assert made("none", prompts) is None
+    with pytest.raises(ConfigError, match="evaluation.judge is 'checker'.*'auto' or 'vqa'"):
+        made("checker", plain)
+    other_size = "models.image.resolution=128"
+    assert isinstance(made("auto", prompts, other_size), VqaJudge), "the checker reads pictures of its own size"
+    with pytest.raises(ConfigError, match="models.image.resolution is 128; use 'auto' or 'vqa'"):
+        made("checker", prompts, other_size)
 
 
 def test_the_checker_judge_sums_its_parts(environment: PureGRPOPromptEnvironment, prompts: list[Prompt]) -> None:

@@ -176,11 +176,6 @@ def test_a_csv_file_of_a_header_alone_is_refused() -> None:
     assert refusal(b"text,tier\n", "csv") == "set.csv holds no prompts; write at least one."
 
 
-def test_a_set_with_nothing_to_train_on_is_refused() -> None:
-    message = refusal(jsonl(record("a cat", "test"), record("a dog", "validation")))
-    assert message == "set.jsonl has no prompt in split train; give at least one to it."
-
-
 def test_all_mistakes_of_a_file_are_found_and_the_first_five_are_shown() -> None:
     with pytest.raises(PromptError) as caught:
         parse(jsonl(record("a cat"), *[{"text": ""}] * 6, "a string"))
@@ -295,6 +290,12 @@ def test_every_assumption_is_reported_with_file_and_line() -> None:
     assert report[1] == "set.txt: lines 1, 3, 5, 6, 7 and 1 more without id, derived from a hash of the text."
     assert report[2] == 'set.txt: lines 1, 3, 5, 6, 7 and 1 more without tier, taken as "basic".'
     assert report[3].startswith("set.txt: lines 1, 3, 5, 6, 7 and 1 more without split, assigned by a hash")
+
+
+def test_a_set_may_be_for_measuring_only() -> None:
+    found = parse(jsonl(record("a cat", "test", id="c"), record("a dog", "validation", id="d")))
+    assert found.counts()["train"] == dict.fromkeys(TIERS, 0)
+    assert found.report == ("set.jsonl: no prompt is in split train.",)
 
 
 def test_splits_without_prompts_are_reported() -> None:
@@ -421,7 +422,6 @@ def test_saving_replaces_the_file_and_never_rewrites_it(tmp_path: Path) -> None:
     ("prompts", "said"),
     [
         ((), "holds no prompts"),
-        ((Prompt("1", "a cat", "basic", "test"),), "has no prompt in split train"),
         ((Prompt("1", "a cat", "basic", "train"), Prompt("2", "A cat", "basic", "test")), "line 2"),
         ((Prompt("1", "a cat", "hard", "train"),), "line 1: 'hard' is no tier"),  # type: ignore[arg-type]
         (

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from grpo_engine.prompts import load_prompts
 from grpo_engine.session import Plan, Session, evaluate_run
 from grpo_engine.store import Store, StoreError
 from grpo_engine.store.rows import RunRow
+from grpo_engine.store.writes import update_run
 
 STEPS = 5
 LENGTH = f"training.steps={STEPS}"
@@ -488,6 +489,78 @@ def test_a_run_whose_settings_this_version_does_not_know_fails_and_the_queue_goe
     assert "StableDiffusion3Pipeline" in (store.run(following).error or "")
 
 
+def test_a_stopped_run_whose_settings_this_version_does_not_know_says_so_when_resumed(store: Store) -> None:
+    run_id = create(store, small())
+    store.set_state(run_id, "stopped", "Taken out of the queue.")
+    settings = store.run(run_id).config | {"future": {"setting": 1}}
+    with store.write() as db:
+        db.execute("UPDATE runs SET config = ? WHERE id = ?", [json.dumps(settings), run_id])
+    assert execute(store, run_id) == "failed"
+    assert "future" in (store.run(run_id).error or "")
+
+
+def taken_elsewhere(store: Store) -> str:
+    """A run that another machine is carrying."""
+    run_id = create(store, small())
+    store.set_state(run_id, "loading")
+    with store.write() as db:
+        update_run(db, run_id, {"host": "elsewhere", "pid": 7, "process_token": "theirs"})
+    return run_id
+
+
+def test_a_run_that_another_process_carries_is_left_alone(store: Store) -> None:
+    run_id = taken_elsewhere(store)
+    before = store.run(run_id)
+    with pytest.raises(StoreError, match="is loading in process 7 on elsewhere; stop it first"):
+        execute(store, run_id)
+    assert store.run(run_id) == before
+
+
+def test_of_two_that_take_up_one_run_the_second_leaves_it_to_the_first(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = store.run(create(store, small()))
+    run_id = taken_elsewhere(store)
+    monkeypatch.setattr(store, "require_local", lambda run_id: replace(queued, id=run_id))  # as it was a moment ago
+    with pytest.raises(StoreError, match="is loading and can't become loading"):
+        execute(store, run_id)
+    assert store.run(run_id).state == "loading" and store.run(run_id).host == "elsewhere"
+
+
+def test_a_run_is_not_resumed_with_other_prompts(store: Store, tmp_path: Path) -> None:
+    setting = prompt_set(tmp_path, *rows(3, 3))
+    run_id = create(store, small(setting, "training.steps=2"))
+    file = tmp_path / "mine.jsonl"
+    old = file.read_text(encoding="utf-8")
+    assert execute(store, run_id, StopAtPoll(20)) == "stopped"
+    file.write_text(old.replace("a red circle 4", "a green star"), encoding="utf-8")
+    assert execute(store, run_id) == "failed"
+    assert "have changed since the run began" in (store.run(run_id).error or "")
+    file.write_text(old, encoding="utf-8")
+    assert execute(store, run_id) == "finished"
+
+
+def test_a_resumed_run_renders_as_many_pictures_at_once_as_before(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, undisturbed = small("models.image.batch_size=0", "training.steps=3"), StopAtPoll()
+    assert execute(store, create(store, config), undisturbed) == "finished"
+    run_id = create(store, config)
+    assert execute(store, run_id, StopAtPoll(round(0.6 * undisturbed.count))) == "stopped"
+    assert 0 < store.run(run_id).step < 3
+    saved_with = RunConfig.load(find_checkpoint(store.run_dir(run_id)).path / "config.yaml").models.image.batch_size
+    planned: list[int] = []
+
+    class Watched(Plan):
+        def __init__(self, config: RunConfig, *arguments: Any, **named: Any) -> None:
+            planned.append(config.models.image.batch_size)
+            super().__init__(config, *arguments, **named)
+
+    monkeypatch.setattr("grpo_engine.session.Plan", Watched)
+    assert execute(store, run_id) == "finished"
+    assert planned == [saved_with] and saved_with > 0
+
+
 def test_a_run_that_can_only_resume_from_a_damaged_checkpoint_fails_in_plain_words(
     reference: Reference, store: Store
 ) -> None:
@@ -563,6 +636,17 @@ class TestRefusedBeforeLoading:
     def test_no_validation_prompts_where_some_are_needed(self, manager: RunManager, tmp_path: Path) -> None:
         message = refusal(manager, prompt_set(tmp_path, *rows(4, 4)), "evaluation.every=1")
         assert message.startswith("evaluation.every is 1")
+
+    def test_a_single_validation_prompt_where_a_gain_is_to_be_measured(
+        self, manager: RunManager, tmp_path: Path
+    ) -> None:
+        setting = prompt_set(tmp_path, *rows(4, 4), {"text": "a blue star", "split": "validation"})
+        assert "has 1 validation prompts" in refusal(manager, setting, "evaluation.every=1")
+        assert Plan(small(setting)).watched_split == "test", "an evaluation that is asked for takes the others"
+
+    def test_a_checker_for_pictures_of_another_size(self, manager: RunManager) -> None:
+        message = refusal(manager, "evaluation.judge=checker", "models.image.resolution=64")
+        assert message.startswith("evaluation.judge is 'checker'") and "models.image.resolution is 64" in message
 
     def test_a_prompt_longer_than_allowed(self, manager: RunManager, tmp_path: Path) -> None:
         message = refusal(manager, prompt_set(tmp_path, *rows(3, 3), {"text": "x" * 401, "split": "train"}))
@@ -666,8 +750,10 @@ def test_a_saved_policy_measured_again_gives_the_report_of_its_run(reference: Re
 
 
 def test_a_saved_policy_can_be_measured_on_other_prompts(reference: Reference, tmp_path: Path) -> None:
-    setting = prompt_set(tmp_path, *rows(3, 3, "a blue square"))
-    summary = evaluate_run(reference.store, reference.run.id, STEPS, setting.partition("=")[2])
+    setting = prompt_set(tmp_path, *rows(0, 3, "a blue square"))  # nothing is learned, so nothing to train on
+    said: list[str] = []
+    summary = evaluate_run(reference.store, reference.run.id, STEPS, setting.partition("=")[2], said.append)
+    assert said == [f"Measuring the policy after step {STEPS} on 2 prompts."]
     assert summary["gains"]["trained_vs_untrained"]["n"] == 2
     assert summary["gains"] != (reference.run.summary or {})["gains"]
 

@@ -274,6 +274,24 @@ def test_the_living_recorder_gives_signs_of_life(store: Store, monkeypatch: pyte
         wait_until(lambda: (store.run(run_id).heartbeat or 0.0) > first)
 
 
+def test_an_evaluation_of_many_pictures_gives_signs_of_life_in_between(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = training_run(store)
+    beats: list[str] = []
+    monkeypatch.setattr(store_recorder, "HEARTBEAT_S", 0.0)
+    with StoreRecorder(store, run_id, config().recording) as recorder:
+        recorder.flush()
+        monkeypatch.setattr(store, "heartbeat", beats.append)
+        during: list[int] = []
+        save = recorder._pictures.save
+        monkeypatch.setattr(recorder._pictures, "save", lambda *what: during.append(len(beats)) or save(*what))
+        items = [item(f"p{number}", "original", shown=picture(number)) for number in range(5)]
+        recorder.evaluation(evaluation("baseline", 0, *items))
+        recorder.flush()
+    assert len(set(during)) == 5, "one before each picture"
+
+
 def test_metrics_json_of_a_long_run_is_rewritten_rarely_but_ends_complete(store: Store) -> None:
     run_id = training_run(store)
     fill(store, run_id, 100)

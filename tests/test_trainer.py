@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grpo_engine.config import RunConfig
 from grpo_engine.environment import PureGRPOPromptEnvironment
+from grpo_engine.methods import METHODS
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
 from grpo_engine.recorder import STEP_METRICS
@@ -243,24 +244,9 @@ def test_several_updates_on_one_batch_move_on_from_each_other() -> None:
     assert steps == {4}
 
 
-METHODS = {
-    "grpo": (),
-    "dapo": (
-        "objective.clip_high=0.28",
-        "objective.aggregation=token",
-        "objective.dynamic_sampling=2",
-        "objective.kl_coef=0",
-    ),
-    "dr. grpo": ("objective.scale=none", "objective.aggregation=constant"),
-    "rloo": ("objective.baseline=leave_one_out", "objective.scale=none"),
-    "gspo": ("objective.kind=gspo", "objective.clip_low=3e-4", "objective.clip_high=4e-4"),
-    "cispo": ("objective.kind=cispo", "objective.aggregation=token"),
-}
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_named_method_runs_a_step_that_learns(method: str) -> None:
-    config = small("training.steps=1", "training.learning_rate=1e-2", *METHODS[method])
+    config = small("training.steps=1", "training.learning_rate=1e-2", f"objective={method}")
     trained, recorder = trainer(config)
     before = weights(trained)
     trained.train()
@@ -445,6 +431,16 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_counted() -> None
     assert all(torch.isfinite(weight).all() for weight in weights(trained))
     steps = {int(trained.optimizer.state[parameter]["step"]) for parameter in trained.parameters}
     assert steps == {2}, "a skipped update leaves the optimiser's moments alone"
+
+
+def test_a_ratio_that_is_not_a_number_is_never_called_perfect() -> None:
+    trained, recorder = trainer(small(*UNCLIPPED))
+    groups = scored(trained)
+    groups[0].completions.logprobs[0, 0] = math.nan
+    figures = trained.update(groups, 1)
+    assert math.isnan(figures["ratio_error"]) and figures["skipped"] == 1.0
+    trained._report_ratio(figures["ratio_error"])
+    assert recorder.events[-1] == ("ratio_check", "Before the first update the probability ratio is not a number.")
 
 
 def test_a_loss_that_is_not_finite_skips_the_update() -> None:

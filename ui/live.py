@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grpo_engine.store import Store
 from grpo_engine.store.bins import bin_width
-from grpo_engine.store.owner import Owner, is_alive, process_token
+from grpo_engine.store.owner import is_alive, owner_of, process_token
 from grpo_engine.store.rows import EventRow, RolloutRow, RunRow
 
 from .charts import BINS, ChartSpec, chart_specs, columns, figure, setting, shape, wanted_metrics
@@ -174,11 +174,7 @@ def _alive(run: RunRow) -> bool:
     """False only for a run that goes on by its state, but whose process has ended."""
     if not run.active or run.state == "queued":
         return True
-    return is_alive(_owner(run), run.heartbeat or 0.0, time.time())
-
-
-def _owner(run: RunRow) -> Owner:
-    return Owner(run.host or "", run.pid or 0, run.process_token or "")
+    return is_alive(owner_of(run), run.heartbeat or 0.0, time.time())
 
 
 def _line(event: EventRow) -> dict[str, Any]:

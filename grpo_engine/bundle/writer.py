@@ -23,6 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from ..checkpoint_folder import STATE_FILE, find_checkpoint, fsync, seal, verify_checkpoint
+from ..config import expanded
 from ..recorder import STEP_METRICS
 from ..store.owner import process_token
 from ..store.reader import RunReader
@@ -94,7 +95,7 @@ def write_bundle(
         raise BundleError(f"Run {run_id} is {run.state}; wait for its end or stop it, then bundle it.")
     if every < 1:
         raise BundleError(f"every is {every}; give 1 for the pictures of all steps, or a larger number.")
-    path = Path(target).expanduser().resolve()
+    path = expanded(target).resolve()
     _check_target(path, force)
     partial = path.parent / f".bundle-{path.name}-{os.getpid()}"
     try:

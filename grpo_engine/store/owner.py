@@ -6,6 +6,10 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .rows import RunRow
 
 SILENCE_S = 120.0
 """A run on another host counts as dead when its heartbeat is older than this, in seconds."""
@@ -18,6 +22,11 @@ class Owner:
     host: str
     pid: int
     token: str
+
+
+def owner_of(run: RunRow) -> Owner:
+    """The process that carries ``run``, or carried it last."""
+    return Owner(run.host or "", run.pid or 0, run.process_token or "")
 
 
 def this_process() -> Owner:

@@ -250,12 +250,6 @@ class RunReader:
             )
             return [EventRow(**(row | {"data": json.loads(row["data"])})) for row in rows]
 
-    def last_event_id(self) -> int:
-        """The highest id ever given to an event, of any run; it never falls."""
-        with self.read() as db:
-            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
-            return int(row[0]) if row else 0
-
     def revision(self) -> int:
         """A number that rises with every visible change: steps, phases, states, names... not heartbeats."""
         with self.read() as db:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..recorder import STEP_METRICS
 from .connection import StoreError
 from .files import PictureFiles, evaluation_stem, step_stem, write_text
-from .owner import Owner, this_process
+from .owner import owner_of, this_process
 from .reader import fetch_run
 from .rollouts import TokenText, rollout_rows
 from .rows import number, storable, to_json
@@ -127,8 +127,7 @@ class StoreRecorder:
                 row["image"], row["thumbnail"] = paths.get((row["g"], row["k"]), (None, None))
             with self.store.write() as db:
                 run = fetch_run(db, self.run_id)
-                owner = Owner(run.host or "", run.pid or 0, run.process_token or "")
-                if not run.active or owner != this_process():
+                if not run.active or owner_of(run) != this_process():
                     raise StoreError(
                         f"Run {self.run_id} is {run.state} or was taken over by another process; "
                         "this process no longer records it."
@@ -149,6 +148,7 @@ class StoreRecorder:
                 image, thumbnail = None, None
                 if item.picture is not None:
                     if id(item.picture) not in saved:
+                        self._beat()
                         stem = evaluation_stem(kind, step, item.prompt_id, item.arm, item.index)
                         saved[id(item.picture)] = self._pictures.save(item.picture, stem)
                     image, thumbnail = saved[id(item.picture)]
@@ -264,12 +264,18 @@ class StoreRecorder:
                 if self._phase is not None and now >= self._phase_due:
                     return self._store_phase, 0
                 if now >= self._heartbeat_due:
-                    self._heartbeat_due = now + HEARTBEAT_S
-                    return lambda: self.store.heartbeat(self.run_id), 0
+                    return self._beat, 0
                 due = self._heartbeat_due if self._phase is None else min(self._phase_due, self._heartbeat_due)
                 self._wake.wait(due - now)
 
     # What the thread does
+
+    def _beat(self) -> None:
+        """The heartbeat in the midst of a long job, if it is due: large pictures by the hundred take minutes."""
+        now = time.monotonic()
+        if now >= self._heartbeat_due:
+            self._heartbeat_due = now + HEARTBEAT_S
+            self.store.heartbeat(self.run_id)
 
     def _store_phase(self) -> None:
         with self._wake:
@@ -320,6 +326,7 @@ class StoreRecorder:
         for k, (picture, rewrite) in enumerate(zip(pictures, rewrites, strict=True)):
             if picture is None:
                 continue
+            self._beat()
             keys: list[int | str] = [id(picture), *([] if rewrite is None else [rewrite])]
             known = next((saved[key] for key in keys if key in saved), None)
             paths[g, k] = known or self._pictures.save(picture, step_stem(step, g, k))

@@ -24,7 +24,7 @@ from ..recorder import FINAL_STATES, STEP_METRICS
 from .connection import StoreError
 from .files import remove_folder, remove_pictures_after, write_text
 from .names import NAME_CHARS, NOTE_CHARS, new_run_id, one_line, tidy_tags
-from .owner import Owner, is_alive, this_process
+from .owner import is_alive, owner_of, this_process
 from .reader import RunReader, fetch_run
 from .rows import COMMANDS, ENDINGS, TRANSITIONS, CommandRow, RunRow, number, run_row, to_json
 from .schema import BLOCK
@@ -196,8 +196,7 @@ class Store(RunReader):
         with self.write() as db:
             rows = [run_row(row) for row in db.query("SELECT * FROM runs WHERE state != 'queued'")]
             for run in rows:
-                owner = Owner(run.host or "", run.pid or 0, run.process_token or "")
-                if run.active and not is_alive(owner, run.heartbeat or 0.0, now):
+                if run.active and not is_alive(owner_of(run), run.heartbeat or 0.0, now):
                     message = f"its process ({run.pid} on {run.host}) ended while it was {run.state}"
                     self.set_state(run.id, "interrupted", message)
                     ids.append(run.id)
