@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,10 @@ from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import read_prompts
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
-from grpo_engine.recorder import Evaluation
+from grpo_engine.recorder import Unrecorded
 from grpo_engine.rollout import Group
 from grpo_engine.seeding import derive_seed
 from grpo_engine.trainer import PureGRPOTrainer
-
-
-class Nobody:
-    """A recorder that keeps nothing."""
-
-    def state(self, state: str, message: str = "") -> None: ...
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
-    def step(self, step: int, metrics: Mapping[str, float | None], groups: Sequence[Group]) -> None: ...
-    def evaluation(self, evaluation: Evaluation) -> None: ...
-    def event(self, kind: str, message: str, **data: Any) -> None: ...
-    def flush(self) -> None: ...
 
 
 class _StepDone(Exception):
@@ -44,7 +33,7 @@ class Stepper:
         self, config: RunConfig, environment: PureGRPOPromptEnvironment, prompts: Sequence[Prompt], judge: Any = None
     ) -> None:
         self._metrics: dict[str, float | None] = {}
-        self.trainer = PureGRPOTrainer(config, environment, prompts, Nobody(), RunControl(), self._after, judge)
+        self.trainer = PureGRPOTrainer(config, environment, prompts, Unrecorded(), RunControl(), self._after, judge)
 
     def _after(self, step: int, metrics: dict[str, float | None]) -> None:
         self._metrics = metrics

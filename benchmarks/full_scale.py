@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from common import bars, machine, median, table
-from engine import Nobody
 from full_scale_models import Sizes, build_images, build_policy, build_reward, published, small
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +27,7 @@ from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import read_prompts
+from grpo_engine.recorder import Unrecorded
 from grpo_engine.trainer import PureGRPOTrainer
 
 GIB = 2**30
@@ -150,7 +150,7 @@ def main() -> None:
         environment.images.render = meter.around("render", environment.images.render)  # type: ignore[method-assign]
         object.__setattr__(environment.reward, "score", meter.around("score", environment.reward.score))
         prompts = [prompt for prompt in read_prompts(RunConfig.load("tiny")).prompts if prompt.split == "train"]
-        trainer = PureGRPOTrainer(config, environment, prompts, Nobody(), RunControl())
+        trainer = PureGRPOTrainer(config, environment, prompts, Unrecorded(), RunControl())
         trainer.update = meter.around("update", trainer.update)  # type: ignore[method-assign]
         seconds: dict[str, list[float]] = defaultdict(list)
         for number in range(arguments.steps + 2):  # one to warm up, one to count operations

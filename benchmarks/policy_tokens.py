@@ -16,13 +16,14 @@ from collections.abc import Sequence
 
 import torch
 from common import bars, machine, median, table
-from engine import Nobody, TokenCount, scored_groups
+from engine import TokenCount, scored_groups
 
 from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import load_environment, read_prompts
 from grpo_engine.placement import apply_threads
+from grpo_engine.recorder import Unrecorded
 from grpo_engine.rollout import Group
 from grpo_engine.trainer import PureGRPOTrainer
 
@@ -56,7 +57,7 @@ def measured(environment: PureGRPOPromptEnvironment, config: RunConfig, rounds: 
     frozen = RunConfig.load("tiny", [*config.as_overrides(), "training.learning_rate=1e-12"])
     prompts = read_prompts(config).split("train")
     shared, plain = (
-        Update(PureGRPOTrainer(frozen, environment, prompts, Nobody(), RunControl()), way) for way in (True, False)
+        Update(PureGRPOTrainer(frozen, environment, prompts, Unrecorded(), RunControl()), way) for way in (True, False)
     )
     for _ in range(rounds + 1):  # the first warms up
         shared(groups)

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from common import ROOT, bars, machine, median, table
-from engine import Nobody, Stepper, endless, scored_groups
+from engine import Stepper, endless, scored_groups
 
 from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import load_environment, read_prompts
 from grpo_engine.placement import apply_threads
+from grpo_engine.recorder import Unrecorded
 from grpo_engine.trainer import PureGRPOTrainer
 
 SIZES = {
@@ -88,7 +89,7 @@ def child(rollouts: int, chunk: int, vocabulary: int) -> None:
     wide = torch.zeros(extra, head.weight.shape[1])
     head.weight = torch.nn.Parameter(torch.cat([head.weight.detach(), wide]), requires_grad=False)
     policy.suppressed = torch.cat([policy.suppressed, torch.ones(extra, dtype=torch.bool)])
-    trainer = PureGRPOTrainer(config, environment, read_prompts(config).split("train"), Nobody(), RunControl())
+    trainer = PureGRPOTrainer(config, environment, read_prompts(config).split("train"), Unrecorded(), RunControl())
     trainer.update(groups, 1)  # once before, so that what every process allocates once is not counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = _resident("VmRSS")

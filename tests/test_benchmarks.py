@@ -51,6 +51,15 @@ def test_the_growth_of_every_kind_is_measured(shown: Shown) -> None:
     assert float(memory[2]) > 0 and float(memory[3]) > 0  # how they compare is no matter of so small a run
 
 
+def test_how_far_noise_moves_a_policy_is_measured_in_pairs(shown: Shown) -> None:
+    few = ["training.steps=2", "training.batch_size=2", "sampling.num_rollouts=3", "evaluation.prompts=3"]
+    out = shown("drift", "--seeds", "2", *SMALL, *(part for setting in few for part in ("--set", setting)))
+    rows = [line.split() for line in out.splitlines() if re.match(r"\s*[01] ", line)]
+    assert [len(row) for row in rows] == [5, 5]
+    assert any(float(cell) for row in rows for cell in row[1:]), "a policy that learns from noise moves"
+    assert re.search(r"^sampled: a single run drifts by \d", out, re.MULTILINE)
+
+
 def test_the_full_scale_is_built_and_measured_phase_by_phase(shown: Shown) -> None:
     few = ["--set", "training.batch_size=2", "--set", "sampling.num_rollouts=2", "--set", "sampling.max_new_tokens=4"]
     out = shown("full_scale", "--small", "--device", "cpu", "--denoising", "1", "--steps", "1", "--t5", *few)

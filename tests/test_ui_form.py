@@ -90,6 +90,11 @@ def test_what_the_form_shows_reads_back_to_the_same_settings(name: str) -> None:
     assert RunConfig.parse(form.settings(RunConfig(), shown_values(base))) == base
 
 
+@pytest.mark.parametrize("method", form.methods(), ids=lambda method: method["label"])
+def test_the_parts_of_a_method_read_as_those_of_its_name(method: dict[str, Any]) -> None:
+    assert typed(method["parts"]).objective == RunConfig.load("tiny", [f"objective={method['name']}"]).objective
+
+
 @settings(deadline=None, max_examples=60)
 @given(rate=st.floats(1e-12, 1.0), seed=st.integers(0, 2**63 - 1), system=st.text(max_size=40))
 @example(rate=1e-6, seed=2**63 - 1, system=" 1e-6\n")

@@ -14,6 +14,7 @@ from engine_runs import create, small
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from grpo_engine.config import RunConfig
 from grpo_engine.manager import execute
 from grpo_engine.store import Store
 from ui.context import Context
@@ -115,6 +116,46 @@ def test_a_run_whose_settings_can_t_be_read_any_more_says_so_and_can_t_be_chosen
     assert "There is no setting 'models.policy.gone'" in run["problem"]
     told = refusal(client, {"prompt": "a disc", "models": odd, "columns": BOTH}, 422)
     assert "There is no setting" in told["error"]
+
+
+def imported(store: Store, *overrides: str) -> str:
+    """A run with these settings as a bundle of somebody else's brought it."""
+    run_id = store.create_run(RunConfig.load("tiny", list(overrides)))
+    with store.write() as db:
+        db.execute("UPDATE runs SET source = 'imported', state = 'finished' WHERE id = ?", [run_id])
+    return run_id
+
+
+@pytest.mark.parametrize("ending", [".txt", ""])  # without one it is looked for as a shipped set, .jsonl, first
+def test_an_imported_run_makes_the_app_read_no_file_of_this_machine(
+    bare: tuple[TestClient, Store], tmp_path: Path, ending: str
+) -> None:
+    client, store = bare
+    (tmp_path / "own.txt").write_text("\n".join(f"secret {n}" for n in range(60)))
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": f"secret {n}"}) for n in range(60)))
+    setting = f"data.prompts={tmp_path / 'own'}{ending}"
+    mine = store.create_run(RunConfig.load("tiny", [setting]))
+    assert "secret" in client.get(f"{PREFIX}/examples", params={"models": mine}).json()["prompts"][0]
+    told = client.get(f"{PREFIX}/examples", params={"models": imported(store, setting)}).json()
+    assert told["prompts"] == []
+    assert "write a prompt of your own" in told["note"]
+
+
+def test_an_imported_run_with_a_shipped_prompt_set_offers_its_held_out_prompts(bare: tuple[TestClient, Store]) -> None:
+    client, store = bare
+    run_id = imported(store, "models.image.steps=7")
+    shipped = client.get(f"{PREFIX}/examples").json()
+    assert client.get(f"{PREFIX}/examples", params={"models": run_id}).json() == shipped
+    assert shipped["prompts"]
+
+
+def test_models_stand_under_a_run_of_this_machine_where_there_is_one_since_its_prompts_can_be_read(
+    bare: tuple[TestClient, Store],
+) -> None:
+    client, store = bare
+    imported(store, "models.image.steps=7")
+    mine = store.create_run(RunConfig.load("tiny", ["models.image.steps=7"]))
+    assert [models["id"] for models in client.get(f"{PREFIX}/choices").json()["models"]] == ["", mine]
 
 
 def test_a_try_comes_back_with_rewrites_scores_and_pictures_and_leaves_no_trace(

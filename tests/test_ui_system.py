@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import time
 import zipfile
@@ -139,8 +140,6 @@ def test_a_bundle_is_made_downloaded_and_opens_in_another_database(
         shown = other.rollouts(row["id"], 1)[0].image
         assert shown is not None and other.file(shown).is_file()
         assert files_of(other) == []  # the upload is gone
-        assert there.post("/grpo/system/delete", json={"runs": [row["id"]]}).status_code == 200
-        assert other.runs() == []
 
 
 def test_a_bundle_of_this_database_comes_in_only_when_a_copy_is_asked_for(store: Store, client: TestClient) -> None:
@@ -171,6 +170,29 @@ def test_an_empty_or_oversized_upload_is_refused_and_leaves_nothing(
     monkeypatch.setattr(system, "MOST_BYTES", 10_000)
     answer = client.post("/grpo/system/import", content=bytes(20_000))
     assert answer.status_code == 413 and "larger than" in answer.json()["error"]
+    assert ask(client, "state")["jobs"] == [] and not list((store.root / "exports").iterdir())
+
+
+def test_a_disk_that_takes_no_folder_is_told_in_a_sentence_with_what_to_do(store: Store, client: TestClient) -> None:
+    run_id = recorded(store)
+    (store.root / "exports").write_bytes(b"a file where the folder should be")
+    for answer in (
+        client.post("/grpo/system/export", json={"run": run_id, "format": "bundle"}),
+        client.post("/grpo/system/import", content=b"a bundle"),
+    ):
+        assert answer.status_code == 409, answer.text
+        assert re.match("The disk refused: .* Free some space, or make the folder", answer.json()["error"])
+    assert ask(client, "state")["jobs"] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_upload_that_does_not_fit_on_the_disk_is_told_in_a_sentence_and_leaves_nothing(
+    store: Store, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "upload_name", lambda header: "/dev/full")
+    answer = client.post("/grpo/system/import", content=bytes(20_000))
+    assert answer.status_code == 409, answer.text
+    assert answer.json()["error"].startswith("The disk refused: No space left on device. Free some space")
     assert ask(client, "state")["jobs"] == [] and not list((store.root / "exports").iterdir())
 
 
@@ -337,7 +359,11 @@ def assert_set(event: threading.Event) -> None:
     ("error", "said"),
     [
         (JobFailed("No room."), "No room."),
-        (OSError(28, "No space left on device"), "The disk refused: No space left on device."),
+        (
+            OSError(28, "No space left on device"),
+            "The disk refused: No space left on device. Free some space, or make the folder of the database writable, "
+            "and try again.",
+        ),
         (ZeroDivisionError("secret detail"), "Something went wrong inside the app; the details are in its log."),
     ],
 )
@@ -418,6 +444,21 @@ def test_waiting_runs_stand_in_their_order_and_can_be_taken_out(
     assert store.run(runs[1]).state == "stopped"
 
 
+def test_a_run_that_just_begins_is_asked_to_stop_rather_than_called_stopped(store: Store) -> None:
+    run_id = store.create_run(config())
+
+    class Beginning(IdleManager):
+        """It has taken the run out of its queue; the run's first state is not written yet."""
+
+        current = run_id
+
+    worker = ReadyWorker(store)
+    worker._manager = Beginning(store)
+    worker.command(run_id, "stop")
+    assert store.run(run_id).state == "queued"
+    assert [row.command for row in store.take_commands(run_id)] == ["stop"]
+
+
 def test_a_queued_run_that_nobody_holds_can_be_put_back_or_dropped(
     store: Store, worker: Worker, client: TestClient
 ) -> None:
@@ -491,7 +532,6 @@ def test_unknown_runs_are_answered_in_a_sentence(store: Store, client: TestClien
         answers = [client.get("/grpo/system/export", params={"run": run_id})]
         for action, body in (
             ("export", {"run": run_id, "format": "bundle"}),
-            ("delete", {"runs": [run_id]}),
             ("queue/remove", {"run": run_id}),
             ("queue/put-back", {"run": run_id}),
         ):
@@ -501,7 +541,7 @@ def test_unknown_runs_are_answered_in_a_sentence(store: Store, client: TestClien
     assert client.post("/grpo/system/discard", json={"token": "x"}).status_code == 404
 
 
-@pytest.mark.parametrize("action", ["export", "delete", "discard", "queue/remove", "queue/put-back"])
+@pytest.mark.parametrize("action", ["export", "discard", "queue/remove", "queue/put-back"])
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"run": 5}', b'{"run": ""}', b"\xff\xfe"])
 def test_malformed_bodies_are_answered_in_a_sentence(client: TestClient, action: str, body: bytes) -> None:
     answer = client.post(f"/grpo/system/{action}", content=body, headers={"Content-Type": "application/json"})
@@ -524,6 +564,6 @@ def test_nothing_changes_by_looking(store: Store, client: TestClient) -> None:
     before = store.revision()
     for what in ("state", "disk", "machine"):
         ask(client, what)
-    for action in ("export", "import", "delete", "discard", "check", "doctor", "queue/remove", "queue/put-back"):
+    for action in ("export", "import", "discard", "check", "doctor", "queue/remove", "queue/put-back"):
         assert client.get(f"/grpo/system/{action}").status_code in (405, 422)
     assert store.revision() == before and not (store.root / "exports").exists()

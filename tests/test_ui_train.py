@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from store_samples import evaluation, item, metrics, wait_until
 
-from grpo_engine.__main__ import main
+from grpo_engine.__main__ import INTERRUPTED, main
 from grpo_engine.config import RunConfig
 from grpo_engine.prompts import MAX_FILE_BYTES, MAX_PROMPTS, load_prompts
 from grpo_engine.store import Store
@@ -347,11 +347,10 @@ def test_the_command_line_starts_exactly_these_settings(
 
     def noted(*arguments: Any) -> RunConfig:
         loaded.append(load(*arguments))
-        raise Refused("seen")
+        raise KeyboardInterrupt  # before anything is started
 
     monkeypatch.setattr(RunConfig, "load", noted)
-    with pytest.raises(Refused, match="seen"):
-        main(words[3:])
+    assert main(words[3:]) == INTERRUPTED
     config = loaded[0]
     assert (config.training.learning_rate, config.recording.name) == (1e-6, "it's a; name")
     assert config.models.policy.template == template

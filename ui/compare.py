@@ -14,7 +14,7 @@ import numpy as np
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from grpo_engine.config import RunConfig, flatten
 from grpo_engine.recorder import STEP_METRICS
@@ -22,7 +22,7 @@ from grpo_engine.store import Store
 from grpo_engine.store.rows import RunRow
 
 from .charts_compare import Axis, RunCurve, curve_points, metric_list, overlay_figure
-from .context import Context, PlainRoute, Refused, answer, column
+from .context import Body, Context, PlainRoute, Refused, answer, column
 from .run_table import RunTable, run_row
 from .shared_prompts import SharedPrompts
 
@@ -31,12 +31,6 @@ MOST_METRICS = 12
 BINS = 400  # points of a line: about as many as a chart has pixels to tell apart
 
 RunId = Annotated[str, Field(min_length=1, max_length=80)]
-
-
-class Body(BaseModel):
-    """What a page sends: nothing beyond the fields is accepted."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Rename(Body):

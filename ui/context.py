@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException  # FastAPI's own, and what it raises itself for a body it can't read
 
 from grpo_engine.config import ConfigError
@@ -34,16 +34,16 @@ class Context:
     Attributes:
         store: the database, open for writing; every method is safe from any thread.
         worker: the engine behind the screens: starts runs, loads models for the playground.
-        read_only: actions are refused (the database can't be written).
     """
 
     store: Store
     worker: Worker
 
-    @cached_property
-    def pictures(self) -> str:
-        """Address below which recorded pictures are served; append a recorded path."""
-        return "/grpo/pictures/"
+
+class Body(BaseModel):
+    """What a page sends: nothing beyond the fields is accepted."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class Refused(Exception):
@@ -104,7 +104,7 @@ def answer(data: Any) -> Response:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with NaN and infinities replaced by None, tuples by lists, arrays by lists, floats rounded."""
+    """``value`` with NaN and infinities replaced by None, tuples and arrays by lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from grpo_engine.store import Store
 from grpo_engine.store.rows import RunRow
 
-from .jobs import Job, JobFailed
+from .charts import setting
+from .context import Refused
+from .jobs import Job, JobFailed, disk_refused
 
 if TYPE_CHECKING:
     from grpo_engine.manager import RunManager
@@ -47,9 +49,12 @@ class ExportFolder:
         self._tidy()
 
     def place(self) -> Path:
-        """A new empty folder. Raises `OSError`."""
+        """A new empty folder. Raises `Refused`."""
         folder = self._home / f"{os.getpid()}-{secrets.token_hex(6)}"
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise Refused(disk_refused(error)) from error
         return folder
 
     def _tidy(self) -> None:
@@ -84,17 +89,9 @@ def _why_not(run: RunRow, format: Format, steps: list[int]) -> str:
         if run.source == "imported":
             return "The bundle that this run was imported from had no policy in it."
         return "The run has saved no checkpoint yet."
-    if format == "peft" and _policy_setting(run.config, "adapter") == "full":
+    if format == "peft" and setting(run.config, "models.policy.adapter", None) == "full":
         return "All weights were trained, so there is no adapter; take the merged model or the PyTorch file."
     return ""
-
-
-def _policy_setting(config: Mapping[str, Any], name: str) -> Any:
-    """``models.policy.<name>`` of settings that another version may have written."""
-    node: Any = config
-    for part in ("models", "policy", name):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
 
 
 def bundle_work(
@@ -154,7 +151,7 @@ def policy_work(
         run = store.run(run_id)
         source, folder = store.run_dir(run_id), job.folder / f"{run_id}-{format}"
         try:
-            if format == "merged" or _policy_setting(run.config, "path") == "tiny":
+            if format == "merged" or setting(run.config, "models.policy.path", None) == "tiny":
                 job.progress(0, 0, "Loading the base model")
                 export_apart(source, folder, format=format, config=run.config, summary=run.summary, which=which)
             else:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_engine.config import RunConfig, find_problems, flatten
+from grpo_engine.methods import METHODS
 
 MAIN: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
@@ -63,6 +64,7 @@ SHORT = {"training.learning_rate": "lr", "objective.kl_coef": "KL", "models.poli
 
 _CHOICES = {"grpo": "GRPO", "gspo": "GSPO", "cispo": "CISPO", "vqa": "VQA", "three-gpu": "three GPUs",
             "two-gpu": "two GPUs", "one-gpu": "one GPU", "cpu": "CPU", "png": "PNG", "webp": "WebP"}  # fmt: skip
+_METHODS = {"dr_grpo": "Dr. GRPO"}  # the others are written in capitals
 _CAPITALS = {"kl": "KL", "t5": "T5", "lora": "LoRA"}
 _LABELS = {name: label for _, fields in MAIN for name, label in fields} | OWN_PLACE
 
@@ -106,6 +108,18 @@ def form_fields() -> tuple[FormField, ...]:
 def as_data() -> list[dict[str, Any]]:
     """`form_fields` for the browser."""
     return [asdict(field) for field in form_fields()]
+
+
+def methods() -> list[dict[str, Any]]:
+    """The methods that have a name, and the settings each stands for, as the form holds them."""
+    return [
+        {
+            "name": name,
+            "label": _METHODS.get(name, name.upper()),
+            "parts": {f"objective.{part}": shown(value) for part, value in parts.items()},
+        }
+        for name, parts in METHODS.items()
+    ]
 
 
 def shown(value: Any) -> Any:

@@ -20,6 +20,8 @@ from grpo_engine.prompts import TIERS
 from grpo_engine.store.measured import PromptMeans
 
 from .charts import BLUE, ORANGE
+from .charts_compare import shown_text
+from .run_table import number
 
 Floats = NDArray[np.float64]
 
@@ -186,13 +188,6 @@ def clean_gain(raw: Any) -> dict[str, Any] | None:
     return gain
 
 
-def number(value: Any) -> float | None:
-    """``value`` if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
 def gain_sentence(gain: Mapping[str, Any], after: str, before: str, confidence: float) -> str:
     """One honest sentence on a gain of the reward."""
     share = gain["percent"]
@@ -294,6 +289,5 @@ def agreement_figure(table: PromptTable, query: Query) -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
-    """Plotly reads a little HTML in hover texts: a prompt is only ever text."""
-    text = text if len(text) <= 80 else f"{text[:79]}…"
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """The beginning of a prompt, for a hover."""
+    return shown_text(text if len(text) <= 80 else f"{text[:79]}…")

@@ -12,7 +12,8 @@ from grpo_engine.store.rows import ItemRow, RunRow
 
 from .context import Refused
 from .gallery_blind import Showing, arrange
-from .gallery_table import LABELS, Kept, PromptTable, Query, clean_gain, gain_sentence, number
+from .gallery_table import LABELS, Kept, PromptTable, Query, clean_gain, gain_sentence
+from .run_table import number
 
 ARMS = ("original", "untrained", "trained", "untrained_greedy", "trained_greedy")
 COMPARISONS = (

@@ -143,7 +143,7 @@ class Jobs:
         except (JobFailed, StoreError, ConfigError, EngineUnavailable, Refused) as error:
             sentence = str(error)
         except OSError as error:
-            sentence = f"The disk refused: {error.strerror or error}."
+            sentence = disk_refused(error)
         except Exception:  # a bug: the person is told, the log has the details
             log.exception("%s failed", job.title)
             sentence = "Something went wrong inside the app; the details are in its log."
@@ -155,6 +155,12 @@ class Jobs:
                 _remove(job)
             job.finished = time.time()
             job.state = state  # the last thing to change: whoever sees it sees the rest
+
+
+def disk_refused(error: OSError) -> str:
+    """What a person is told where a file could not be written, and what can be done."""
+    why = error.strerror or error
+    return f"The disk refused: {why}. Free some space, or make the folder of the database writable, and try again."
 
 
 def _remove(job: Job) -> None:

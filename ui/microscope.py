@@ -7,7 +7,7 @@ shows three digits, and a step of full size has tens of thousands of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastapi.routing import APIRouter
 
 from grpo_engine.store.rows import RolloutRow, RunRow
 
+from .charts import setting
 from .context import Context, PlainRoute, Refused, answer
 
 SHADES = (
@@ -93,8 +94,8 @@ def describe(run: RunRow, step: int, rows: Sequence[RolloutRow]) -> dict[str, An
         step: from 1.
         rows: of that step, by group and within it.
     """
-    every = int(_setting(run, "recording", "images_every", default=1))
-    weights = _setting(run, "models", "reward", "weights", default={})
+    every = int(setting(run.config, "recording.images_every", 1))
+    weights = setting(run.config, "models.reward.weights", {})
     return {
         "run": run.id,
         "name": run.name,
@@ -113,7 +114,7 @@ def describe(run: RunRow, step: int, rows: Sequence[RolloutRow]) -> dict[str, An
 
 def _group(run: RunRow, rows: Sequence[RolloutRow]) -> dict[str, Any]:
     rewards = [row.reward for row in rows if row.reward is not None]
-    spread = _spread(rewards, unbiased=bool(_setting(run, "objective", "unbiased", default=False)))
+    spread = _spread(rewards, unbiased=bool(setting(run.config, "objective.unbiased", False)))
     texts = [row.rewrite for row in rows if row.rewrite is not None]
     first: dict[str, int] = {}
     rollouts = []
@@ -224,7 +225,7 @@ def _notes(run: RunRow, step: int, rows: Sequence[RolloutRow]) -> list[str]:
         notes.append("The change of each token since training began was not recorded in this run.")
     elif step == 1:
         notes.append("Nothing has been trained before step 1, so the change of every token is 0.")
-    if _setting(run, "models", "reward", "debug", default="none") == "shuffle":
+    if setting(run.config, "models.reward.debug", "none") == "shuffle":
         notes.append(
             "A negative control: each group's rewards were dealt out at random among its rewrites, "
             "so a reward here says nothing about its picture."
@@ -239,13 +240,13 @@ def _advantage(run: RunRow) -> str:
         "group": ", divided by the group's spread",
         "batch": ", divided by the spread of the whole step's rewards",
     }
-    baseline = mean.get(_setting(run, "objective", "baseline", default="mean"), "its group's baseline")
-    return f"Advantage: reward minus {baseline}{divisor.get(_setting(run, 'objective', 'scale', default='group'), '')}."
+    baseline = mean.get(setting(run.config, "objective.baseline", "mean"), "its group's baseline")
+    return f"Advantage: reward minus {baseline}{divisor.get(setting(run.config, 'objective.scale', 'group'), '')}."
 
 
 def _push(run: RunRow) -> str:
     """What the step itself does to the tokens of a rewrite."""
-    several = max(_setting(run, "training", name, default=1) for name in ("inner_epochs", "minibatches")) > 1
+    several = max(setting(run.config, f"training.{name}", 1) for name in ("inner_epochs", "minibatches")) > 1
     return (
         "What this step itself pushes: all tokens of a rewrite alike, in proportion to its advantage - up above 0, "
         f"down below{', at the first update on it' if several else ''}; a KL penalty or an entropy bonus comes on top."
@@ -262,16 +263,6 @@ def _lesson(rows: Sequence[RolloutRow], rewards: Sequence[float]) -> str:
 
 
 # -- small things ------------------------------------------------------------------------------------------------
-
-
-def _setting(run: RunRow, *path: str, default: Any) -> Any:
-    """A setting of the run; the default where the version that wrote it had none."""
-    value: Any = run.config
-    for name in path:
-        if not isinstance(value, Mapping) or name not in value:
-            return default
-        value = value[name]
-    return value
 
 
 def _spread(rewards: Sequence[float], *, unbiased: bool) -> float | None:

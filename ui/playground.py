@@ -13,7 +13,7 @@ from fastapi import FastAPI, Response
 from fastapi.routing import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from grpo_engine.config import DEFAULT_PRESET, PRESETS, ConfigError, RunConfig
+from grpo_engine.config import DEFAULT_PRESET, ConfigError, RunConfig, expanded
 from grpo_engine.playground import Playground
 from grpo_engine.playground_try import (
     MOST_COLUMNS,
@@ -30,6 +30,7 @@ from grpo_engine.prompts import Prompt, PromptError, load_prompts, normalize
 from grpo_engine.store.rows import RunRow
 
 from .context import Context, PlainRoute, Refused, answer
+from .prompt_sets import SHIPPED
 
 EXAMPLES = 60
 LARGEST_SEED = 2**63 - 1
@@ -80,11 +81,12 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/choices")
     def choices() -> Response:
-        """What can stand in a column, and which models there are. Runs newest first; models under their oldest run."""
+        """What can stand in a column, and which models there are. Runs newest first; models under
+        their oldest run, but under an imported one only if need be: of those not every prompt set is read."""
         embedded = _about(RunConfig.load(DEFAULT_PRESET).model_dump_json())
         models = {embedded.key: {"id": "", "label": f"Embedded models ({embedded.label})", "policy": embedded.policy}}
         runs, known = [], context.store.runs()
-        for run in reversed(known):
+        for run in sorted(known, key=lambda run: (run.source == "imported", run.number)):
             own = _about(run.config_json)
             if not own.problem:
                 label = f"As in {run.name} ({own.label})"
@@ -102,9 +104,10 @@ def routes(context: Context) -> APIRouter:
     @router.get("/examples")
     def examples(models: str = "") -> Response:
         """Held-out prompts of the prompt set that goes with these models."""
-        config = _settings(context, models)
+        asked = _settings(context, models)
+        config = asked.config
         try:
-            prompts = _prompts(config)
+            prompts = _prompts(asked)
         except PromptError as error:
             return answer({"prompts": [], "note": f"The prompt set can't be read: {error.problems[0]}"})
         test = [prompt.text for prompt in prompts if prompt.split == "test" and prompt.tier in config.data.tiers]
@@ -119,7 +122,8 @@ def routes(context: Context) -> APIRouter:
     @router.post("/generate")
     def generate(body: TryBody) -> Response:
         """Queue a try; returns its job."""
-        config = _settings(context, body.models)
+        models = _settings(context, body.models)
+        config = models.config
         try:
             prompt = tidy_prompt(body.prompt, config.data.max_prompt_chars)
             asked = Try(
@@ -131,7 +135,7 @@ def routes(context: Context) -> APIRouter:
                 sample_seed=_seed(body.sample_seed, "sample_seed"),
                 greedy=body.greedy,
                 temperature=body.temperature,
-                request=_request(config, prompt),
+                request=_request(models, prompt),
             )
             return answer({"job": playground.submit(asked), "prompt": prompt})
         except PlaygroundBusy as error:
@@ -167,11 +171,19 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-def _settings(context: Context, models: str) -> RunConfig:
+class _Models(NamedTuple):
+    """The settings whose models are used. Those of an imported run are somebody else's: they may name any file."""
+
+    config: RunConfig
+    imported: bool = False
+
+
+def _settings(context: Context, models: str) -> _Models:
     """The settings of the run named, or of the embedded models. Raises `StoreError` or `ConfigError`."""
     if not models:
-        return RunConfig.load(DEFAULT_PRESET)
-    return RunConfig.parse(context.store.run(models).config)
+        return _Models(RunConfig.load(DEFAULT_PRESET))
+    run = context.store.run(models)
+    return _Models(RunConfig.parse(run.config), run.source == "imported")
 
 
 class _About(NamedTuple):
@@ -234,10 +246,10 @@ def _seed(text: str, field: str) -> int:
     return seed
 
 
-def _request(config: RunConfig, prompt: str) -> dict[str, Any] | None:
+def _request(models: _Models, prompt: str) -> dict[str, Any] | None:
     """What the checker needs to know, if this is one of the prompts that come with it."""
     try:
-        prompts = _prompts(config)
+        prompts = _prompts(models)
     except PromptError:
         return None
     same = normalize(prompt)
@@ -246,10 +258,18 @@ def _request(config: RunConfig, prompt: str) -> dict[str, Any] | None:
     return request if isinstance(request, dict) else None
 
 
-def _prompts(config: RunConfig) -> tuple[Prompt, ...]:
-    """The prompt set of these settings, read anew when its file has changed. Raises `PromptError`."""
-    shipped = PRESETS / "prompts" / f"{config.data.prompts}.jsonl"
-    path = shipped if shipped.is_file() else Path(config.data.prompts).expanduser()
+def _prompts(models: _Models) -> tuple[Prompt, ...]:
+    """The prompt set of these settings, read anew when its file has changed. Raises `PromptError` or `ConfigError`.
+
+    Of an imported run only a set that comes with the program is read: its bundle could name any file of this machine.
+    """
+    config, imported = models
+    shipped = SHIPPED / f"{config.data.prompts}.jsonl"
+    if imported and not (shipped.parent == SHIPPED and shipped.is_file()):  # a path in the name leads elsewhere
+        raise PromptError(
+            "it is a file of the machine that this run was recorded on; write a prompt of your own instead."
+        )
+    path = shipped if shipped.is_file() else expanded(config.data.prompts)
     try:
         changed = path.stat().st_mtime_ns
     except OSError as error:

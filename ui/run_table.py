@@ -96,20 +96,20 @@ def gains(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     headline = summary.get("headline")
     if not isinstance(headline, str) or headline not in told:
         headline = next(iter(told), None)
-    confidence = _number(summary.get("confidence"))
+    confidence = number(summary.get("confidence"))
     return {"headline": headline, "confidence": confidence, "gain": told.get(headline or ""), "gains": told}
 
 
 def _gain(data: Any) -> dict[str, Any] | None:
     if not isinstance(data, Mapping):
         return None
-    gain = {name: _number(data.get(name)) for name in ("mean", "low", "high", "n", "win_rate", "before", "after")}
+    gain = {name: number(data.get(name)) for name in ("mean", "low", "high", "n", "win_rate", "before", "after")}
     if gain["mean"] is None:
         return None
     return gain | {"judge": _gain(data.get("judge_gain"))}
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from grpo_engine.config import ConfigError
 from grpo_engine.store import Store, StoreError
 
+log = logging.getLogger(__name__)
+
 FIRST_PORT, PORTS = 7860, 20
 
 
@@ -53,7 +55,7 @@ def _serve(store: Store, login: tuple[str, str] | None, options: argparse.Namesp
     server = uvicorn.Server(
         uvicorn.Config(app, host=options.host, port=port, log_level="warning", timeout_graceful_shutdown=3)
     )
-    address = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{port}"
+    address = _address(options.host, port)
 
     def announce() -> None:
         while not server.started:
@@ -62,7 +64,7 @@ def _serve(store: Store, login: tuple[str, str] | None, options: argparse.Namesp
             threading.Event().wait(0.05)
         print(f"Open {address} in a browser. Ctrl-C stops the app; a run that goes on is saved first.", flush=True)
         if options.share:
-            print(f"Shared at {_share(port)}", flush=True)
+            print(_shared(port), flush=True)
         if not options.no_browser and _has_screen():
             webbrowser.open(address)
         threading.Event().wait(0.5)  # the first page goes first, then the example, then the engine's imports
@@ -111,6 +113,25 @@ def _free_port(host: str, port: int) -> int:
     raise ConfigError(
         f"No port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {host} is free ({reason}); give --port."
     )
+
+
+def _address(host: str, port: int) -> str:
+    """Where a browser on this machine finds the app."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # all addresses are none to open
+    return f"http://{f'[{here}]' if ':' in here else here}:{port}"
+
+
+def _shared(port: int) -> str:
+    """What to say of the public address."""
+    try:
+        return f"Shared at {_share(port)}"
+    except Exception as error:  # a download, a program and a server of others: all of them can fail, in any way
+        log.debug("no public address", exc_info=True)
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
+        return (
+            f"There is no public address ({reason}), and the app goes on without one; "
+            "check the internet connection and start it again."
+        )
 
 
 def _share(port: int) -> str:

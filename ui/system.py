@@ -14,14 +14,13 @@ import psutil
 from fastapi import Request, Response
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import ClientDisconnect
 
 from grpo_engine.store import Store
 from grpo_engine.store.rows import RunRow
 
-from .compare import delete_runs
-from .context import Context, PlainRoute, Refused, answer
+from .context import Body, Context, PlainRoute, Refused, answer
 from .disk import DiskUse, database_bytes
 from .exports import (
     FORMATS,
@@ -34,7 +33,7 @@ from .exports import (
     upload_name,
 )
 from .guard import MOST_BYTES
-from .jobs import Job, Jobs
+from .jobs import Job, Jobs, disk_refused
 from .run_table import RunTable
 from .worker import Worker
 
@@ -43,22 +42,10 @@ FORGOTTEN_S = 5.0  # seconds after which a queued run that nobody holds counts a
 RunId = Annotated[str, Field(min_length=1, max_length=80)]
 
 
-class Body(BaseModel):
-    """What a page sends: nothing beyond the fields is accepted."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class OneRun(Body):
     """The run something is asked of."""
 
     run: RunId
-
-
-class Delete(Body):
-    """Runs to delete."""
-
-    runs: list[RunId] = Field(min_length=1, max_length=1000)
 
 
 class Token(Body):
@@ -152,11 +139,6 @@ def routes(context: Context) -> APIRouter:
             raise
         return answer({"job": job.row()})
 
-    @router.post("/delete")
-    def delete(body: Delete) -> Response:
-        """Delete ended runs with all they recorded."""
-        return answer({"deleted": delete_runs(store, body.runs)})
-
     @router.post("/check")
     def check() -> Response:
         """Begin to look for damage in the database."""
@@ -217,6 +199,8 @@ async def _receive(request: Request, path: Path) -> None:
                 file.write(block)
     except ClientDisconnect:
         raise Refused("The upload was broken off; send the file again.", status=400) from None
+    except OSError as error:
+        raise Refused(disk_refused(error)) from error
     if not size:
         raise Refused("The file is empty; choose a bundle that Export has written.", status=422)
 

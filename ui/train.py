@@ -11,13 +11,13 @@ from urllib.parse import unquote
 from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from grpo_engine.config import DEFAULT_PRESET, RunConfig, preset_names
 from grpo_engine.prompts import MAX_FILE_BYTES, MAX_PROMPTS
 
 from . import form
-from .context import Context, PlainRoute, Refused, answer
+from .context import Body, Context, PlainRoute, Refused, answer
 from .cost import History, estimate
 from .launch import Launcher
 from .presets import Presets
@@ -33,12 +33,6 @@ Value = bool | int | float | None | Text | Annotated[list[Annotated[str, Field(m
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{8,64}$")]
 Name = Annotated[str, Field(max_length=120)]
 Chars = Annotated[int, Query(ge=8, le=20_000)]
-
-
-class Body(BaseModel):
-    """Every body: unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Asked(Body):
@@ -182,9 +176,9 @@ def routes(context: Context) -> APIRouter:
     @router.get("/form")
     def the_form() -> Response:
         """Everything the screen is built from."""
-        return answer({"fields": form.as_data(), "presets": bench.listed(), "sets": bench.sets.listed(),
-                       "default": DEFAULT_PRESET, "first_run": bench.first_run(), "most_prompts": MAX_PROMPTS,
-                       "most_bytes": MAX_FILE_BYTES})  # fmt: skip
+        return answer({"fields": form.as_data(), "methods": form.methods(), "presets": bench.listed(),
+                       "sets": bench.sets.listed(), "default": DEFAULT_PRESET, "first_run": bench.first_run(),
+                       "most_prompts": MAX_PROMPTS, "most_bytes": MAX_FILE_BYTES})  # fmt: skip
 
     @router.get("/run")
     def settings_of(run: Annotated[str, Query(max_length=80)]) -> Response:

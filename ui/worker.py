@@ -116,7 +116,9 @@ class Worker:
         run = self.store.run(run_id)
         if run.state == "queued" and name == "stop":
             manager = self._manager
-            if manager is None or run_id not in manager.queued:  # left behind by another process
+            # In neither place it was left behind by another process. Asked in this order: a run leaves the queue and
+            # becomes the current one in one go, and is "queued" a moment longer; by then it has to be asked to stop.
+            if manager is None or (run_id not in manager.queued and run_id != manager.current):
                 self.store.set_state(run_id, "stopped", "Taken out of the queue.")
                 return
         if self._manager is not None:

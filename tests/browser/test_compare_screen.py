@@ -86,6 +86,29 @@ def test_a_zoom_outlives_smoothing_and_another_run(page: Page, served: Served) -
     assert shown == [2, 4]
 
 
+def test_charts_that_are_thrown_away_leave_nothing_behind(page: Page, served: Served) -> None:
+    page.add_init_script(
+        """window.listening = 0;
+        const add = document.addEventListener;
+        document.addEventListener = function (kind, heard, options) {
+            if (kind === 'grpo-theme') {
+                listening += 1;
+                if (options && options.signal) options.signal.addEventListener('abort', () => { listening -= 1; });
+            }
+            return add.call(document, kind, heard, options);
+        };"""
+    )
+    open_both(page, served)
+    four = "document.querySelectorAll('.g-compare .js-plotly-plot').length === 4"
+    page.wait_for_function(four)
+    before = page.evaluate("listening")
+    page.evaluate("window.old = document.querySelector('.g-compare .js-plotly-plot')")
+    page.get_by_role("group", name="Horizontal axis").get_by_role("button", name="Minutes").click()
+    page.wait_for_function(f"!old.isConnected && {four}")
+    assert page.evaluate("listening") == before
+    assert page.evaluate("old._fullLayout === undefined")
+
+
 def test_a_rename_is_seen_in_another_browser_and_escape_changes_nothing(
     new_page: Callable[..., Page], served: Served, extra: str
 ) -> None:
@@ -110,6 +133,37 @@ def test_a_rename_is_seen_in_another_browser_and_escape_changes_nothing(
     other.wait_for_function(  # escaped for plotly, which would take it for markup
         "document.querySelector('.g-compare .js-plotly-plot').data.some(t => t.name.startsWith('&lt;b&gt;Third'))"
     )
+
+
+def test_a_name_being_typed_stays_as_it_is_while_rows_change_places_around_it(
+    page: Page, served: Served, extra: str
+) -> None:
+    before = served.store.run(extra).name  # "First copy": between First and Second
+    page.goto(f"{served.url}/#compare?runs={extra}")
+    head = page.get_by_role("columnheader", name="Run", exact=True)
+    head.get_by_role("button").click()
+    expect(head).to_have_attribute("aria-sort", "ascending")
+    row, links = page.locator(f'tr[data-run="{extra}"]'), page.locator(".g-compare tbody .g-compare-c-name a")
+    row.hover()
+    row.get_by_role("button", name="Rename").click()
+    box = row.get_by_role("textbox")
+    box.fill("half a na")
+    moving = served.store.create_run(RunConfig.load("tiny", ["recording.name=Aaa"]))
+    try:
+        expect(links.first).to_have_text("Aaa")
+        expect(box).to_be_focused()
+        served.store.rename(moving, "Zzz")
+        expect(links.last).to_have_text("Zzz")
+        expect(box).to_be_focused()
+        expect(box).to_have_value("half a na")
+        assert served.store.run(extra).name == before
+        names = links.all_inner_texts()
+        assert names == sorted(names, key=str.lower)
+        box.press("Escape")
+        expect(row.get_by_role("link", name=before)).to_be_visible()
+    finally:
+        served.store.set_state(moving, "stopped")
+        served.store.delete(moving)
 
 
 def test_a_run_deleted_elsewhere_leaves_the_page_that_shows_it_working(page: Page, served: Served, extra: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
 
-from playwright.sync_api import Page, expect
-from served import Served
+import pytest
+from playwright.sync_api import Page, Route, expect
+from served import Served, Wire
 
 
 def run_named(served: Served, name: str) -> str:
@@ -104,6 +106,98 @@ def test_a_blind_choice_reveals_nothing_before_it_and_outlives_a_reload(page: Pa
     page.reload()
     expect(stage.get_by_text(re.compile(r"^2 of \d+ pairs answered"))).to_be_visible()
     expect(stage.get_by_text(re.compile(r"You preferred the trained rewrite in [01] of 1 .*once"))).to_be_visible()
+
+
+def choose_run(page: Page, run_id: str, wire: Wire, held: str) -> None:
+    """Choose another run while such answers are held back, and leave the list: it keeps the arrow keys to itself."""
+    wire.hold(held)
+    chooser = page.get_by_label("Run", exact=True)
+    chooser.select_option(run_id)
+    chooser.blur()
+    wire.held()
+
+
+def test_a_pair_is_gone_once_another_run_is_chosen(page: Page, served: Served) -> None:
+    open_gallery(page, served, view="blind")
+    second, stage = run_named(served, "Second"), page.locator(".g-gallery-blind")
+    pictures = stage.locator(".g-gallery-pair img")
+    expect(pictures).to_have_count(2)
+    answered: list[str] = []
+    page.on("request", lambda request: answered.append(request.url) if "gallery/choose" in request.url else None)
+    wire, height = Wire(page), stage.evaluate("node => node.offsetHeight")
+    choose_run(page, second, wire, "gallery/blind")
+    expect(pictures).to_have_count(0)
+    assert stage.evaluate("node => node.offsetHeight") == pytest.approx(height, abs=60)  # its place is kept
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")
+    wire.release()
+    expect(pictures).to_have_count(2)
+    expect(pictures.first).to_have_attribute("src", re.compile(second))
+    assert answered == []
+
+
+def test_an_answer_counts_for_the_run_whose_pair_was_shown(page: Page, served: Served) -> None:
+    first, second = open_gallery(page, served, view="blind"), run_named(served, "Second")
+    pictures = page.locator(".g-gallery-blind .g-gallery-pair img")
+    expect(pictures).to_have_count(2)
+    wire = Wire(page)
+    choose_run(page, second, wire, "gallery/overview")
+    with page.expect_request("**/grpo/gallery/choose") as asked:
+        page.keyboard.press("ArrowLeft")  # the other run's headline is not here yet
+    assert asked.value.post_data_json["run"] == first
+    wire.release()
+    expect(pictures.first).to_have_attribute("src", re.compile(second))
+
+
+def test_pairs_that_can_not_be_had_are_told_and_can_be_asked_for_again(page: Page, served: Served) -> None:
+    page.route(
+        "**/grpo/gallery/blind?*", lambda route: route.fulfill(status=404, json={"error": "The disk is asleep."})
+    )
+    open_gallery(page, served, view="blind")
+    stage = page.locator(".g-gallery-blind")
+    expect(stage.get_by_text("The disk is asleep.")).to_be_visible()
+    page.unroute("**/grpo/gallery/blind?*")
+    stage.get_by_role("button", name="Try again").click()
+    expect(stage.locator(".g-gallery-pair img")).to_have_count(2)
+
+
+def test_a_tier_that_the_next_run_does_not_have_is_not_asked_of_it(page: Page, served: Served) -> None:
+    first, second = open_gallery(page, served), run_named(served, "Second")
+    cards = page.locator(".g-gallery-card")
+    page.get_by_role("group", name="Tier", exact=True).get_by_role("button").nth(1).click()
+    expect(cards).not_to_have_count(6)
+
+    def other_tiers(route: Route) -> None:
+        query = parse_qs(urlsplit(route.request.url).query)
+        answer = route.fetch()
+        told = answer.json()
+        if query["run"] == [second]:
+            told |= {"tiers": ["unheard-of"]} | ({"rows": [], "total": 0} if "tier" in query else {})
+        route.fulfill(response=answer, json=told)
+
+    page.route("**/grpo/gallery/prompts?*", other_tiers)
+    page.get_by_label("Run", exact=True).select_option(second)
+    expect(cards).to_have_count(6)
+    page.get_by_label("Run", exact=True).select_option(first)
+    expect(page.get_by_role("group", name="Tier", exact=True).get_by_role("button").first).to_have_attribute(
+        "aria-pressed", "true"
+    )
+    expect(cards).to_have_count(6)
+
+
+def test_cards_of_another_run_go_when_those_of_the_next_can_not_be_had(page: Page, served: Served) -> None:
+    open_gallery(page, served)
+    cards = page.locator(".g-gallery-card")
+    expect(cards).to_have_count(6)
+    page.route(
+        "**/grpo/gallery/prompts?*", lambda route: route.fulfill(status=404, json={"error": "The disk is asleep."})
+    )
+    page.get_by_label("Run", exact=True).select_option(run_named(served, "Second"))
+    expect(page.locator(".g-gallery-foot")).to_have_text("The disk is asleep.")
+    expect(cards).to_have_count(0)
+    page.unroute("**/grpo/gallery/prompts?*")
+    page.get_by_role("group", name="View", exact=True).get_by_role("button", name="Pictures").click()
+    expect(cards).to_have_count(6)
 
 
 def test_a_point_of_the_scatter_opens_its_prompt(page: Page, served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from engine_runs import small
 from playwright.sync_api import Locator, Page, expect
-from served import Served
+from served import Served, Wire, later
 
 from grpo_engine.recorder import STEP_METRICS
 from grpo_engine.store import Store
@@ -82,20 +83,26 @@ def reaches(page: Page, chart: str, key: str, step: int) -> None:
     )
 
 
-def test_zoom_and_legend_are_kept_while_ten_updates_come_in(page: Page, served: Served, going: Going) -> None:
-    page.goto(f"{served.url}/#live?run={going.id}")
-    reaches(page, "reward", "reward.reward_mean", 3)
-    reward = plot(page, "reward")
-    reward.evaluate("node => { node.tested = true; }")
-    box = reward.locator(".nsewdrag").first.bounding_box()
+def zoom_in(page: Page, chart: str) -> None:
+    """Drag over the middle of a chart, as a person zooms."""
+    box = plot(page, chart).locator(".nsewdrag").first.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.3)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.7, steps=5)
     page.mouse.up()
     page.wait_for_function(
-        "document.querySelector('[data-chart=reward] .js-plotly-plot').layout.xaxis.autorange !== true"
+        "chart => document.querySelector(`[data-chart=${chart}] .js-plotly-plot`).layout.xaxis.autorange !== true",
+        arg=chart,
     )
+
+
+def test_zoom_and_legend_are_kept_while_ten_updates_come_in(page: Page, served: Served, going: Going) -> None:
+    page.goto(f"{served.url}/#live?run={going.id}")
+    reaches(page, "reward", "reward.reward_mean", 3)
+    reward = plot(page, "reward")
+    reward.evaluate("node => { node.tested = true; }")
+    zoom_in(page, "reward")
     zoom = "node => [...node.layout.xaxis.range, ...node.layout.yaxis.range]"
     before = reward.evaluate(zoom)
     plot(page, "loss").locator(".legendtoggle").nth(1).click()
@@ -201,6 +208,85 @@ def test_a_failed_run_says_why_and_a_lost_one_is_told_from_its_age(page: Page, s
     )
 
 
+def test_a_run_is_not_called_lost_while_the_app_does_not_answer(page: Page, served: Served, going: Going) -> None:
+    page.goto(f"{served.url}/#live?run={going.id}")
+    age = page.locator("[data-fact=age] dd")
+    expect(age).to_have_text(re.compile("just now|ago"))
+    wire = Wire(page)
+    wire.lose("live/state")
+    later(page, 60)
+    expect(age).to_have_text("\u2013")  # nobody knows
+    page.wait_for_timeout(1500)
+    expect(page.locator(".g-live-remark")).not_to_contain_text("No sign of life")
+    served.store.heartbeat(going.id)
+    wire.mend()
+    expect(age).to_have_text(re.compile("just now|ago"))
+    expect(page.locator(".g-live-remark")).not_to_contain_text("No sign of life")
+
+
+def test_a_step_that_was_lost_on_its_way_is_asked_for_again_though_the_run_does_nothing_new(
+    page: Page, served: Served
+) -> None:
+    first = run_named(served, "First")
+    page.goto(f"{served.url}/#live?run={first}")
+    expect(page.get_by_label("Step number")).to_have_value("6")
+    expect(page.locator(".g-microscope header h3").first).to_be_visible()
+    wire = Wire(page)
+    wire.lose("live/pictures|microscope/step")
+    page.get_by_role("button", name="Step before").click()
+    expect(page.locator(".g-toast")).to_contain_text("The app does not answer")
+    expect(page.locator(".g-live-pictures h2")).not_to_have_text("Step 5: best and worst")
+    wire.mend()
+    later(page, 15)
+    expect(page.locator(".g-live-pictures h2")).to_have_text("Step 5: best and worst")
+    prompts = [row.prompt for row in served.store.rollouts(first, 5) if row.k == 0]
+    expect(page.locator(".g-microscope header h3")).to_have_text(prompts)
+
+
+def test_the_picker_has_a_new_run_though_its_list_was_lost_and_came_while_it_had_the_focus(
+    page: Page, served: Served
+) -> None:
+    page.goto(f"{served.url}/#live?run={run_named(served, 'First')}")
+    picker = page.get_by_label("Run shown")
+    expect(picker).to_contain_text("Second")
+    wire = Wire(page)
+    wire.lose("live/runs")
+    run_ids = [served.store.create_run(small("recording.name=Came later"), prompt_set="tiny")]
+    wire.missed()
+    wire.mend()
+    later(page, 15)
+    expect(picker).to_contain_text("Came later")
+    picker.focus()
+    with page.expect_response("**/grpo/live/runs"):
+        run_ids.append(served.store.create_run(small("recording.name=Came last"), prompt_set="tiny"))
+    page.wait_for_timeout(300)  # the page has read it
+    picker.blur()
+    expect(picker).to_contain_text("Came last")
+    for run_id in run_ids:
+        served.store.set_state(run_id, "stopped")
+        served.store.delete(run_id)
+
+
+def test_an_answer_from_before_the_run_was_chosen_once_more_is_not_taken_for_a_new_one(
+    page: Page, served: Served, going: Going
+) -> None:
+    page.goto(f"{served.url}/#live?run={going.id}")
+    reaches(page, "reward", "reward.reward_mean", 3)
+    wire = Wire(page)
+    wire.hold(f"live/state.*{going.id}")
+    served.store.add_event(going.id, "note", "while it was chosen first")
+    wire.held()
+    picker = page.get_by_label("Run shown")
+    picker.select_option(run_named(served, "Second"))
+    picker.select_option(going.id)
+    wire.release()
+    log = page.get_by_role("log").locator("li")
+    expect(log.last).to_contain_text("while it was chosen first")
+    expect(log).to_have_count(len(served.store.events(going.id)))
+    expect(page.locator(".g-live h1")).to_have_text(NAME)
+    reaches(page, "reward", "reward.reward_mean", 3)
+
+
 def test_a_run_that_was_measured_but_has_no_step_yet_is_drawn(page: Page, served: Served) -> None:
     run_id = served.store.create_run(small("training.steps=40"), prompt_set="tiny")
     for state in ("loading", "baseline"):
@@ -276,10 +362,69 @@ def test_an_empty_database_teaches_the_first_step(
     for run in served.store.runs():  # the recorded example that every first start is given
         served.store.delete(run.id)
     page = new_page()
+    page.goto(f"{served.url}/#train")
+    page.get_by_role("button", name="Not now").click()
+    expect(page.get_by_label("First run")).to_be_hidden()
     page.goto(f"{served.url}/#live")
     expect(page.locator(".g-live")).to_contain_text("Nothing has been trained yet")
     page.get_by_role("button", name="Start a guided first run").click()
     expect(page.locator("#tab-train-button")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_label("First run")).to_be_visible()  # though it was put away before
+    expect(page.get_by_role("button", name="Start the first run")).to_be_focused()
+
+
+def test_a_log_scale_begins_with_a_range_of_its_own_and_keeps_the_steps_zoomed_to(page: Page, served: Served) -> None:
+    page.goto(f"{served.url}/#live?run={run_named(served, 'First')}")
+    reaches(page, "reward", "reward.reward_mean", 6)
+    reward = plot(page, "reward")
+    zoom_in(page, "reward")
+    steps = reward.evaluate("node => [...node.layout.xaxis.range]")
+    values = reward.evaluate("node => [...node.layout.yaxis.range]")
+    button = page.get_by_role("button", name="Reward: Log scale", exact=True)
+    button.click()
+    kind = "type => document.querySelector('[data-chart=reward] .js-plotly-plot')._fullLayout.yaxis.type === type"
+    page.wait_for_function(kind, arg="log")
+    low, high = reward.evaluate("node => node._fullLayout.yaxis.range")  # exponents of ten
+    recorded = served.store.steps(run_named(served, "First"), ["reward_mean"])["reward_mean"]
+    assert 10**low < recorded.max() < 10**high < 1000
+    assert [low, high] != values
+    assert reward.evaluate("node => [...node.layout.xaxis.range]") == steps
+    button.click()
+    page.wait_for_function(kind, arg="linear")
+    low, high = reward.evaluate("node => node._fullLayout.yaxis.range")
+    assert low <= recorded.min() and recorded.max() <= high
+    assert reward.evaluate("node => [...node.layout.xaxis.range]") == steps
+
+
+def test_charts_say_it_when_their_library_is_missing_and_are_drawn_once_it_is_there(page: Page, served: Served) -> None:
+    page.route("**/plotly.min.js", lambda route: route.fulfill(status=404))
+    page.goto(f"{served.url}/#live?run={run_named(served, 'First')}")
+    sentence = "The chart library could not be loaded; reload the page."
+    expect(page.locator("[data-chart=reward] .g-plot")).to_have_text(sentence)
+    expect(page.locator("[data-chart=loss] .g-plot")).to_have_text(sentence)
+    page.unroute("**/plotly.min.js")
+    page.get_by_label("Smoothing").fill("0.3")
+    plot(page, "reward")
+    expect(page.locator("[data-chart=reward]")).not_to_contain_text(sentence)
+
+
+def test_a_chart_s_csv_holds_no_formula_of_a_run_s_name(page: Page, served: Served) -> None:
+    page.goto(f"{served.url}/#live")
+    expect(page.locator(".g-live")).to_be_visible()
+    with page.expect_download() as download:
+        page.evaluate(
+            """() => {
+                const chart = grpo.chart(document.querySelector('.g-live'), { name: 'cells', title: 'Cells' });
+                chart.figure({ data: ['=1+1', '@SUM(A1),"x"', 'plain'].map((series) => (
+                    { x: [1, 2], y: [-0.5, null], name: series, meta: { series } })), layout: {} });
+                chart.csv();
+                chart.destroy();
+            }"""
+        )
+    assert download.value.path().read_text(encoding="utf-8").splitlines() == [
+        "series,x,y", "'=1+1,1,-0.5", "'=1+1,2,", "\"'@SUM(A1),\"\"x\"\"\",1,-0.5", "\"'@SUM(A1),\"\"x\"\"\",2,",
+        "plain,1,-0.5", "plain,2,",
+    ]  # fmt: skip
 
 
 def test_a_chart_too_small_for_its_labels_is_drawn_without_a_fault(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
-from served import Served
+from served import Served, Wire
 
 
 def open_microscope(page: Page, served: Served) -> Locator:
@@ -74,6 +74,19 @@ def test_a_step_asked_for_is_shown_and_stays_and_one_that_is_not_there_is_told(p
     expect(shown.locator("article").first).to_be_visible()
     page.evaluate("microscope.clear()")
     expect(shown).to_contain_text("No run chosen")
+
+
+def test_a_step_whose_answer_was_lost_is_shown_when_it_is_chosen_again(page: Page, served: Served) -> None:
+    shown, run = open_microscope(page, served), first_run(served)
+    page.evaluate("run => microscope.latest(run, 6)", run)
+    expect(shown.locator("article").first).to_be_visible()
+    wire = Wire(page)
+    wire.lose("microscope/step")
+    page.evaluate("microscope.pick(5)")
+    expect(shown.get_by_label("Group microscope")).not_to_have_attribute("aria-busy", "true")
+    wire.mend()
+    page.evaluate("microscope.pick(5)")
+    expect(shown.locator("header h3")).to_have_text([row.prompt for row in served.store.rollouts(run, 5) if row.k == 0])
 
 
 def test_rewrites_stand_by_reward_or_as_sampled_each_with_its_figures_and_picture(page: Page, served: Served) -> None:
@@ -159,6 +172,22 @@ def test_a_picture_opens_large_and_arrow_keys_go_through_the_rewrites(page: Page
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
     expect(first).to_be_focused()
+
+
+def test_an_arrow_on_a_token_of_the_large_view_moves_between_tokens_only(page: Page, served: Served) -> None:
+    shown, run = open_microscope(page, served), first_run(served)
+    page.evaluate("run => microscope.show(run, 6)", run)
+    shown.locator("article button").first.click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("1 of 9")
+    tokens = dialog.locator(".g-microscope-token")
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")  # before the first token there is none: the key is the tokens' all the same
+    expect(tokens.first).to_be_focused()
+    expect(dialog).to_contain_text("1 of 9")
 
 
 @pytest.mark.parametrize("width", [1440, 1024, 390])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
+from engine_runs import small
 from playwright.sync_api import Page, expect
 from served import Served
 
@@ -78,6 +80,23 @@ def test_an_empty_prompt_is_refused_at_its_field(page: Page, served: Served) -> 
     expect(page.get_by_role("alert")).to_have_text("Write a prompt first, or take one of the examples.")
     expect(prompt).to_have_attribute("aria-invalid", "true")
     expect(prompt).to_be_focused()
+
+
+def test_the_end_of_a_run_is_seen_though_it_comes_right_after_a_look(page: Page, served: Served) -> None:
+    first = next(run for run in served.store.runs() if run.name == "First")
+    run_id = served.store.create_run(small("training.steps=40", "recording.name=Going on"), prompt_set="tiny")
+    for state in ("loading", "baseline", "training"):
+        served.store.set_state(run_id, state)
+    shutil.copytree(served.store.run_dir(first.id) / "checkpoints", served.store.run_dir(run_id) / "checkpoints")
+    page.goto(f"{served.url}/#playground")
+    column = page.locator(".g-playground-chip", has_text="Going on")
+    expect(column).to_have_text("Going on, last so far, step 6")
+    page.wait_for_function("grpo.pulse.worker.engine === 'ready'")  # from here on nothing but the run changes
+    page.reload()
+    expect(column).to_have_text("Going on, last so far, step 6")
+    served.store.set_state(run_id, "stopped")
+    expect(column).to_have_text("Going on, last, step 6")
+    served.store.delete(run_id)
 
 
 def test_on_a_phone_the_columns_stand_below_each_other(new_page: Callable[..., Page], served: Served) -> None:

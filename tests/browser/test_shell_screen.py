@@ -48,6 +48,18 @@ def test_a_screen_that_is_being_left_does_not_call_itself_back(new_page: Callabl
     assert page.evaluate("location.hash").startswith("#train")
 
 
+def test_an_app_that_hangs_is_told_and_so_is_its_return(page: Page, served: Served) -> None:
+    page.goto(f"{served.url}/#train")
+    expect(page.locator(".g-train")).to_be_visible()
+    page.evaluate(
+        "() => { const real = AbortSignal.timeout; AbortSignal.timeout = () => real.call(AbortSignal, 300); }"
+    )
+    page.route("**/grpo/pulse", lambda route: None)  # taken, and never answered
+    expect(page.locator(".g-status")).to_have_text("The app does not answer", timeout=15_000)
+    page.unroute("**/grpo/pulse")
+    expect(page.locator(".g-status")).not_to_have_text("The app does not answer")
+
+
 def test_the_theme_follows_the_system_until_it_is_chosen_and_then_stays(
     new_page: Callable[..., Page], served: Served
 ) -> None:

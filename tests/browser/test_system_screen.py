@@ -7,8 +7,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
-from served import Served
+from playwright.sync_api import Page, Route, expect
+from served import Served, Wire
 
 from grpo_engine.bundle import read_bundle, write_bundle
 from grpo_engine.config import RunConfig
@@ -76,6 +76,26 @@ def test_what_is_no_bundle_is_refused_in_a_sentence(page: Page, served: Served, 
     expect(line).to_contain_text("notes.zip is not a bundle that can be opened")
     line.get_by_role("button", name="Dismiss").click()
     expect(line).to_have_count(0)
+
+
+def test_a_lost_look_does_not_end_the_watching_of_a_job(page: Page, served: Served) -> None:
+    def at_work(route: Route) -> None:
+        told = route.fetch().json()
+        told["jobs"] = [{"token": "t", "kind": "export", "title": "A long export", "run": "", "state": "working",
+                         "message": "Packing", "done": 1, "total": 9, "unit": "bytes", "file": None, "size": None,
+                         "result": None, "created": 0.0, "finished": None}]  # fmt: skip
+        route.fulfill(json=told)
+
+    page.route("**/grpo/system/state*", at_work)
+    page.goto(f"{served.url}/#system")
+    line = page.locator(".g-system-job", has_text="A long export")
+    expect(line).to_be_visible()
+    wire = Wire(page)
+    wire.lose("system/state")
+    wire.missed()
+    page.unroute("**/grpo/system/state*", at_work)
+    wire.mend()
+    expect(line).to_have_count(0, timeout=10_000)  # the app has no such job
 
 
 def test_disk_use_machine_and_checks_are_shown(page: Page, served: Served) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from engine_runs import SMALL
 from playwright.sync_api import Locator, Page, expect
-from served import Served
+from served import Served, Wire
 
 LONG = 60_000  # ms; the engine's imports on a busy machine
 
@@ -83,6 +83,25 @@ def test_any_setting_is_found_by_a_word_and_marked_when_changed(page: Page, serv
     expect(setting(page, "Learning rate")).to_be_focused()
 
 
+def test_a_method_sets_its_parts_and_is_told_by_them(page: Page, served: Served) -> None:
+    open_train(page, served)
+    method, scaling = setting(page, "Method"), setting(page, "Reward scaling")
+    expect(method).to_have_value("grpo")
+    method.select_option("Dr. GRPO")
+    expect(scaling).to_have_value("none")
+    expect(page.get_by_label("Aggregation: sequence becomes constant")).to_be_visible()
+    method.select_option("DAPO")
+    expect(scaling).to_have_value("group")
+    expect(setting(page, "KL penalty")).to_have_value("0")
+    setting(page, "KL penalty").fill("0.01")
+    expect(method).to_have_value("")
+    expect(method.locator("option:checked")).to_have_text("own mix")
+    page.reload()
+    expect(method.locator("option:checked")).to_have_text("own mix")
+    method.select_option("GRPO")
+    expect(page.get_by_label(re.compile("^Clip high: "))).to_have_count(0)
+
+
 def test_switching_the_preset_asks_before_changes_are_dropped(page: Page, served: Served) -> None:
     open_train(page, served)
     setting(page, "Steps").fill("7")
@@ -126,6 +145,52 @@ def test_a_set_is_uploaded_edited_and_saved_without_touching_the_one_it_came_fro
     assert saved.count("\n") == 4
     original = (served.db.parent / "prompts" / "cats-b-dogs.jsonl").read_text(encoding="utf-8")
     assert "two purple cows" not in original
+
+
+def test_a_prompt_set_whose_question_was_lost_is_read_at_the_next_click(page: Page, served: Served) -> None:
+    open_train(page, served)
+    expect(page.get_by_role("table", name=re.compile("^Prompts of tiny"))).to_be_visible()
+    wire = Wire(page)
+    wire.lose(r"train/prompts\?")
+    page.locator("#g-train-prompts").select_option("general")
+    expect(page.locator(".g-train-problems").get_by_text("The app does not answer")).to_be_visible()
+    wire.mend()
+    page.get_by_role("button", name="View and edit").click()
+    expect(page.get_by_role("dialog", name="Prompts: general")).to_be_visible()
+    expect(page.get_by_text("The app does not answer")).to_have_count(0)
+
+
+def test_an_answer_on_a_prompt_set_that_is_not_chosen_any_more_is_dropped(page: Page, served: Served) -> None:
+    open_train(page, served)
+    wire = Wire(page)
+    wire.hold("value=general")
+    page.locator("#g-train-prompts").select_option("general")
+    wire.held()
+    with page.expect_response(re.compile(r"train/prompts\?value=tiny")):
+        page.locator("#g-train-prompts").select_option("tiny")
+    page.wait_for_timeout(300)  # the page has read it
+    wire.release()
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name="View and edit").click()
+    expect(page.get_by_role("dialog", name="Prompts: tiny")).to_be_visible()
+
+
+def test_another_run_like_a_recorded_one_is_set_up_and_asks_before_changes_are_dropped(
+    page: Page, served: Served
+) -> None:
+    runs = {run.name: run.id for run in served.store.runs()}
+    page.goto(f"{served.url}/#live?run={runs['First']}")
+    expect(page.locator(".g-live h1")).to_have_text("First")
+    page.get_by_role("button", name="Train another like it").click()
+    expect(setting(page, "Steps")).to_have_value("6")
+    expect(setting(page, "Learning rate")).to_have_value("0.001")
+    page.wait_for_function("location.hash === '#train'")  # a reload keeps what is changed from here on
+    for answer, rate in (("Cancel", "0.001"), ("Take over", "0.002")):
+        page.goto(f"{served.url}/#live?run={runs['Second']}")
+        expect(page.locator(".g-live h1")).to_have_text("Second")
+        page.get_by_role("button", name="Train another like it").click()
+        page.get_by_role("dialog").get_by_role("button", name=answer, exact=True).click()
+        expect(setting(page, "Learning rate")).to_have_value(rate)
 
 
 def test_what_is_saved_as_a_preset_can_be_chosen_in_another_browser(

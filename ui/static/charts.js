@@ -6,9 +6,11 @@
                             points from the first new x on are replaced, so a bin that was still filling is mended
    chart.smooth(weight)     0..0.99: exponential smoothing of the traces with meta.smooth
    chart.mark(step)         a line at a step; null: none
+   chart.destroy()          take it off the page for good
    chart.onStep = (step, meta, point) => ...    a point was clicked; `point` is plotly's
 
-   Each chart has its own: log scale, full screen, PNG, CSV. plotly.js is loaded when the first chart needs it. */
+   Each chart has its own: log scale, full screen, PNG, CSV. plotly.js is loaded when the first chart needs it; where
+   that fails, the chart says so in the figure's place. */
 'use strict';
 
 (() => {
@@ -19,7 +21,7 @@
       const script = document.createElement('script');
       script.src = '/grpo/static/plotly.min.js';
       script.onload = () => resolve(window.Plotly);
-      script.onerror = () => { library = null; reject(new Error('The chart library could not be loaded; reload the page.')); };
+      script.onerror = () => { library = null; script.remove(); reject(new Error('The chart library could not be loaded; reload the page.')); };
       document.head.append(script);
     });
     return library;
@@ -63,6 +65,12 @@
     });
   }
 
+  /* A cell of a CSV; text that a spreadsheet would run as a formula gets an apostrophe before it, as in compare.py. */
+  function cell(value) {
+    const text = typeof value === 'string' && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return /[",\n\r]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
+  }
+
   class Chart {
     constructor(host, { name, title, note = '', unit = '', height = 240 }) {
       const { h, icon } = grpo;
@@ -80,13 +88,27 @@
       this.node = h('figure', { class: 'g-chart', 'aria-label': title, data: { chart: name } },
         h('figcaption', {}, h('span', { class: 'g-title' }, title, unit ? h('span', { class: 'g-unit' }, unit) : null),
           h('span', { class: 'g-tools' }, this.logButton,
-            tool('PNG', h('span', {}, 'PNG'), () => this.png()), tool('CSV', h('span', {}, 'CSV'), () => this.csv()),
+            tool('PNG', h('span', {}, 'PNG'), () => grpo.attempt(null, () => this.png())), tool('CSV', h('span', {}, 'CSV'), () => this.csv()),
             tool('Full screen', 'expand', () => this.full()))),
         note ? h('p', { class: 'g-note' }, note) : null, this.plot);
       host.append(this.node);
-      new ResizeObserver(() => this.resize()).observe(this.plot);
-      document.addEventListener('grpo-theme', () => this.draw());
-      document.addEventListener('fullscreenchange', () => this.resize());
+      this.end = new AbortController();
+      this.sizes = new ResizeObserver(() => this.resize());
+      this.sizes.observe(this.plot);
+      document.addEventListener('grpo-theme', () => this.draw(), { signal: this.end.signal });
+      document.addEventListener('fullscreenchange', () => this.resize(), { signal: this.end.signal });
+    }
+
+    destroy() {
+      this.end.abort();
+      this.sizes.disconnect();
+      this.node.remove();
+      if (this.drawn()) window.Plotly.purge(this.plot);
+      this.raw = null;  // nothing to draw, should a drawing be on its way
+    }
+
+    drawn() {
+      return this.plot.classList.contains('js-plotly-plot');
     }
 
     figure(fig) {
@@ -153,24 +175,31 @@
         annotations: (base.annotations || []).map((a) => ({ ...a, font: { size: 11, color: quiet, ...a.font } })) };
       if (base.yaxis2) layout.yaxis2 = axis(base.yaxis2);
       if (this.log) layout.yaxis = { ...layout.yaxis, type: 'log' };
+      layout.yaxis.uirevision = `${layout.uirevision} ${this.log ? 'log' : 'linear'}`;  // a zoom means something else on the other scale
       if (this.step !== null) {
         layout.shapes.push({ type: 'line', x0: this.step, x1: this.step, yref: 'paper', y0: 0, y1: 1, line: { color: css('--g-accent'), width: 1, dash: 'dot' } });
       }
       return layout;
     }
 
-    /* One redraw a frame at most; none while the chart is off screen (resize() draws it when it comes back). */
+    /* One redraw a frame at most; none while the chart is off screen (resize() draws it when it comes back). Without
+       the library there is none, and nobody needs to wait to hear of it; the next call tries again. */
     draw() {
       if (this.drawing) return this.drawing;
       this.drawing = (async () => {
-        const lib = await plotly();
+        const lib = await plotly().catch((error) => this.tell(error.message));
+        if (!lib) {
+          this.drawing = null;
+          return;
+        }
         await new Promise((resolve) => { requestAnimationFrame(resolve); setTimeout(resolve, 100); });
         await turn();
         this.drawing = null;
         this.stale = true;
         if (!this.raw || !this.plot.clientWidth) return;
         this.stale = false;
-        const first = !this.plot.classList.contains('js-plotly-plot');
+        const first = !this.drawn();
+        if (first) this.plot.replaceChildren();  // what tell() said
         this.width = this.plot.clientWidth;
         this.height = this.plot.clientHeight;
         await lib.react(this.plot, this.traces(), { ...this.layout(), width: this.width, height: this.height }, CONFIG);
@@ -184,6 +213,10 @@
       return this.drawing;
     }
 
+    tell(sentence) {
+      grpo.fill(this.plot, grpo.h('div', { class: 'g-empty', role: 'status' }, grpo.h('p', {}, sentence)));
+    }
+
     resize() {
       if (!this.plot.clientWidth) return;
       if (this.stale || this.plot.clientWidth !== this.width || this.plot.clientHeight !== this.height) this.draw();
@@ -195,6 +228,7 @@
     }
 
     async png() {
+      if (!this.raw) return;
       const lib = await plotly();
       const background = css('--g-surface');
       const copy = document.createElement('div');
@@ -205,10 +239,9 @@
 
     csv() {
       if (!this.raw) return;
-      const quote = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replace(/"/g, '""')}"` : String(value));
       const lines = ['series,x,y'];
       for (const trace of this.raw.data) {
-        (trace.x || []).forEach((x, index) => lines.push([(trace.meta && trace.meta.series) || trace.name || '', x, trace.y[index] ?? ''].map(quote).join(',')));
+        (trace.x || []).forEach((x, index) => lines.push([(trace.meta && trace.meta.series) || trace.name || '', x, trace.y[index] ?? ''].map(cell).join(',')));
       }
       const link = document.createElement('a');
       link.href = URL.createObjectURL(new Blob([lines.join('\n') + '\n'], { type: 'text/csv' }));

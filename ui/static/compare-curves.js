@@ -18,6 +18,12 @@
     return -1;
   };
 
+  /* The range of values that a person has zoomed to; null: all of them, as after a change of scale. */
+  function zoomed({ plot, log }) {
+    const { yaxis } = plot.layout || {};
+    return yaxis && yaxis.autorange === false && (yaxis.type === 'log') === log ? yaxis.range : null;
+  }
+
   /* The names of runs at the ends of their lines. Where they would touch they give way, upwards; who would come too
      far from its line goes without. */
   function endLabels(traces, { log, height, range, letters }) {
@@ -130,7 +136,7 @@
     place() {
       for (const [metric, chart] of this.charts) {
         if (!this.picked.includes(metric)) {
-          chart.node.remove();
+          chart.destroy();
           this.charts.delete(metric);
         }
       }
@@ -143,8 +149,7 @@
           const plain = chart.traces.bind(chart);
           chart.traces = () => {
             const traces = plain();
-            const seen = chart.plot.layout && chart.plot.layout.yaxis && chart.plot.layout.yaxis.autorange === false ? chart.plot.layout.yaxis.range : null;
-            return [...traces, ...endLabels(traces, { log: chart.log, height: Math.max(80, chart.plot.clientHeight - 60), range: seen, letters: room(chart) })];
+            return [...traces, ...endLabels(traces, { log: chart.log, height: Math.max(80, chart.plot.clientHeight - 60), range: zoomed(chart), letters: room(chart) })];
           };
           this.charts.set(name, chart);
         }
@@ -219,7 +224,7 @@
       this.press();
       this.turn += 1;
       this.drawn.clear();
-      for (const chart of this.charts.values()) chart.node.remove();  // on another axis a zoom means nothing
+      for (const chart of this.charts.values()) chart.destroy();  // on another axis a zoom means nothing
       this.charts.clear();
       grpo.attempt(null, () => this.enqueue(() => this.sync()));
     }

@@ -124,7 +124,23 @@
       this.arrange();
     }
 
-    /* Order and filter; rows are moved only when their order has changed. */
+    /* Put the rows in order. The one with the focus stays and the others go round it: moved, it would lose the focus,
+       and a name that is being typed would be saved half. */
+    place(nodes) {
+      const still = nodes.find((node) => node.contains(document.activeElement));
+      let at = this.body.firstChild;
+      for (const node of nodes) {
+        while (node === still && at !== still) {
+          const next = at.nextSibling;
+          this.body.append(at);
+          at = next;
+        }
+        if (node === at) at = at.nextSibling;
+        else this.body.insertBefore(node, at);
+      }
+    }
+
+    /* Order and filter; a row whose name is being typed stays in sight. */
     arrange() {
       const words = this.filter.value.toLowerCase().split(/\s+/).filter(Boolean);
       const column = COLUMNS.find(({ key }) => key === this.sort.key) || COLUMNS[0];
@@ -134,8 +150,8 @@
       this.shown = runs.filter((run) => matches(run, words)).map((run) => run.id);
       const visible = new Set(this.shown);
       const nodes = runs.map((run) => this.lines.get(run.id).node);
-      if (nodes.some((node, index) => this.body.children[index] !== node)) this.body.replaceChildren(...nodes);
-      for (const [id, line] of this.lines) line.node.hidden = !visible.has(id);
+      this.place(nodes);
+      for (const [id, line] of this.lines) line.node.hidden = !visible.has(id) && !line.editing;
       this.heads.forEach((head, index) => {
         const mine = COLUMNS[index] === column;
         if (mine) head.setAttribute('aria-sort', this.sort.down ? 'descending' : 'ascending');
@@ -179,6 +195,7 @@
         open = line.editing = false;
         line.shown.name = '';
         if (this.rows.has(id)) this.draw(this.rows.get(id));
+        this.arrange();
         const edit = line.node.querySelector('.g-compare-edit');
         if (edit) edit.focus();
       };

@@ -133,11 +133,11 @@ const grpo = (() => {
     return response.json();
   }
 
-  function get(path, params = {}) {
+  function get(path, params = {}, options = {}) {
     const query = new URLSearchParams();
     for (const [key, value] of Object.entries(params)) if (!missing(value)) query.set(key, value);
     const tail = query.toString();
-    return ask(`/grpo/${path}${tail ? `?${tail}` : ''}`, {});
+    return ask(`/grpo/${path}${tail ? `?${tail}` : ''}`, options);
   }
 
   const post = (path, body = {}) => ask(`/grpo/${path}`, {

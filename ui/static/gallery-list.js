@@ -49,8 +49,15 @@
 
   function restart() {
     const mine = turn += 1;
-    loading = ask({ start: 0, count: PAGE }).then((page) => { if (mine === turn) begin(page); })
-      .finally(() => { if (mine === turn) { loading = null; look(); } });
+    loading = ask({ start: 0, count: PAGE }).then((page) => {
+      if (mine !== turn) return undefined;
+      if (!filter.tier || page.tiers.includes(filter.tier)) return begin(page);
+      filter.tier = '';  // of another run: here nothing would be found, and its button is not there to take it back
+      return restart();
+    }).catch((error) => {
+      if (mine === turn) failed(error);
+      throw error;
+    }).finally(() => { if (mine === turn) { loading = null; look(); } });
     return loading;
   }
 
@@ -86,6 +93,16 @@
     const left = total - rows.length;
     parts.foot.hidden = total > 0 && left === 0;
     grpo.text(parts.foot, total === 0 ? 'No prompt fits this search and these filters.' : `${rows.length.toLocaleString()} of ${total.toLocaleString()} prompts; scroll for more`);
+  }
+
+  /* The cards are of what was asked for before: they go, and the next look asks again. */
+  function failed(error) {
+    key = '';
+    rows = [];
+    total = 0;
+    parts.grid.replaceChildren();
+    parts.foot.hidden = false;
+    grpo.text(parts.foot, error.message);
   }
 
   /* An observer tells only of changes: watch anew, so that a page that did not fill the window is followed by the next. */

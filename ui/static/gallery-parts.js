@@ -1,6 +1,6 @@
 /* What the parts of the Before / after screen share.
 
-   grpo.gallery.name(arm), .arms(overview, greedy), .shot(picture, alt), .scores(picture), .rewrite(row, picture),
+   grpo.gallery.name(arm), .arms(greedy), .shot(path, alt), .scores(picture), .rewrite(text, arm, picture),
    .interval(gain), .bar(gain, scale), .segments(label, options, chosen, onpick), .gainText(value) */
 'use strict';
 

@@ -86,6 +86,7 @@
   // -- drawing ----------------------------------------------------------------------------------------
 
   function nothing(title, text) {
+    gallery.blind.hide();
     if (!parts.empty.hidden && parts.empty.dataset.said === text) return;
     parts.empty.dataset.said = text;
     parts.top.hidden = !now.run;

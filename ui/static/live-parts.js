@@ -1,13 +1,15 @@
 /* Pieces of the live screen: the strip at its top, the newest pictures, the log. Each is made once in `host` and
    updated in place.
 
-   const strip = grpo.live.strip(host, {pick, command});   strip.show(state), strip.tick(), strip.runs(list)
+   const strip = grpo.live.strip(host, {pick, command});   strip.show(state), strip.tick(), strip.runs(list, chosen)
    const pictures = grpo.live.pictures(host, {open, follow});   pictures.show(answer, picked)
-   const log = grpo.live.log(host);   log.add(events), log.clear() */
+   const log = grpo.live.log(host);   log.add(events), log.clear()
+   grpo.live.QUIET   ms after which a run that moves nothing is asked about again */
 'use strict';
 
 (() => {
   const { h, text, fill } = grpo;
+  const QUIET = 10_000;
 
   const BUTTONS = [
     { name: 'pause', label: 'Pause', asked: 'Pausing', glyph: 'pause', title: 'Hold the run where it is; the models stay loaded' },
@@ -24,7 +26,9 @@
       this.badge = h('span', { class: 'g-live-badge' });
       this.name = h('h1', {}, '\u00a0');
       this.about = h('span', { class: 'g-quiet g-small' });
-      this.picker = h('select', { class: 'g-select', 'aria-label': 'Run shown', onchange: () => pick(this.picker.value) });
+      this.like = h('button', { type: 'button', class: 'g-button plain small', title: 'Fill in the Train form with the settings of this run', onclick: () => grpo.go('train', { run: this.state.run.id }) }, 'Train another like it');
+      this.picker = h('select', { class: 'g-select', 'aria-label': 'Run shown', onchange: () => pick(this.picker.value), onblur: () => this.drawPicker(this.picker.value) });
+      this.list = [];
       this.buttons = Object.fromEntries(BUTTONS.map((spec) => [spec.name, this.button(spec)]));
       this.count = h('span', { class: 'g-live-count' }, '\u00a0');
       this.progress = h('span', { style: { width: '0%' } });
@@ -38,7 +42,7 @@
       this.otherText = h('span');
       this.other.append(this.otherText, h('button', { type: 'button', class: 'g-button plain small', onclick: () => pick(this.otherRun) }, 'Show it'));
       host.append(h('section', { class: 'g-card g-live-strip', 'aria-label': 'The run' },
-        h('div', { class: 'g-row' }, this.badge, this.name, this.about,
+        h('div', { class: 'g-row' }, this.badge, this.name, this.about, this.like,
           h('div', { class: 'g-row g-push g-live-actions' }, h('span', { class: 'g-live-picker' }, this.picker), BUTTONS.map(({ name }) => this.buttons[name].node))),
         h('div', { class: 'g-live-progress' }, h('div', { class: 'g-live-steps' }, this.count, this.bar), this.facts),
         h('div', { class: 'g-live-now' }, this.phases, this.remark), this.headline, this.other));
@@ -116,17 +120,18 @@
       this.buttons.pause.node.hidden = resumes;
     }
 
-    /* Once a second: ages, and whether the run still shows signs of life. */
+    /* Once a second: ages, and whether the run showed signs of life when the app last answered. What it has done since
+       is not known here, so nothing is said of it once the app should have answered again. */
     tick() {
       if (!this.state) return;
-      const { run, times, limits, remark, busy, watched } = this.state;
-      const now = Date.now() / 1000 + this.skew;
+      const { run, now, times, limits, remark, busy, watched } = this.state;
+      const unknown = watched && Date.now() / 1000 + this.skew - now > 2 * QUIET / 1000;
       const ago = (time) => grpo.ago(time - this.skew);
-      if (run.active) this.set('age', 'last update', ago(times.updated), 'When the run last recorded anything');
+      if (run.active) this.set('age', 'last update', unknown ? '\u2013' : ago(times.updated), 'When the run last recorded anything');
       else this.set('age', 'ended', ago(times.finished || times.updated), grpo.date(times.finished || times.updated));
       const silence = now - (times.heartbeat || times.updated), stillness = now - times.updated;
       let { kind, text: said } = remark;
-      const silent = watched && silence > limits.silence, still = busy && stillness > limits.patience;
+      const silent = !unknown && watched && silence > limits.silence, still = !unknown && busy && stillness > limits.patience;
       if (silent) said = `No sign of life for ${grpo.duration(silence)}: the process of this run may hang or be frozen.`;
       else if (still) said = `No progress for ${grpo.duration(stillness)}, though the process lives: it may hang. Stop and Resume start it afresh from the last saved step.`;
       if (silent || still) kind = 'warn';
@@ -144,9 +149,14 @@
         h('button', { type: 'button', class: 'g-button plain small', onclick: () => grpo.go('gallery', { run: this.state.run.id }) }, 'Before / after'));
     }
 
+    /* The runs there are. An open list must not change under the hand: it does when it is left. */
     runs(list, chosen) {
-      if (document.activeElement === this.picker && this.picker.value === chosen) return;
-      fill(this.picker, list.map((run) => h('option', { value: run.id }, `${run.number}. ${run.name} (${run.state}${run.source === 'imported' ? ', imported' : ''})`)));
+      this.list = list;
+      if (document.activeElement !== this.picker || this.picker.value !== chosen) this.drawPicker(chosen);
+    }
+
+    drawPicker(chosen) {
+      fill(this.picker, this.list.map((run) => h('option', { value: run.id }, `${run.number}. ${run.name} (${run.state}${run.source === 'imported' ? ', imported' : ''})`)));
       this.picker.value = chosen;
     }
 
@@ -210,6 +220,7 @@
   }
 
   grpo.live = {
+    QUIET,
     strip: (host, actions) => new Strip(host, actions),
     pictures: (host, actions) => new Pictures(host, actions),
     log: (host) => new Log(host),

@@ -3,12 +3,13 @@
 
 (() => {
   const { h } = grpo;
-  const QUIET = 10_000;  // ms: heartbeats move no revision, so a page asks for them this often
+  const { QUIET } = grpo.live;  // heartbeats move no revision, so a page asks for them this often
   const HEIGHT = { reward: 330 };
 
   const view = {
     root: null, parts: null, charts: {}, visible: false,
     run: '',  // its id; '' until the server has chosen
+    turn: 0,  // counts selections: an answer to what was asked in an earlier one is none
     picked: false,  // whether a person chose it
     step: null,  // the step that was clicked, null: the newest
     known: null,  // {step, at, shape} of the curves on screen
@@ -41,8 +42,19 @@
     setInterval(() => {
       if (!view.visible || document.hidden) return;
       strip.tick();
-      if (strip.state && strip.state.watched && Date.now() - view.fetched > QUIET) update();
+      const wanted = lacking() || (strip.state && strip.state.watched);
+      if (!wanted || asking || Date.now() - view.fetched <= QUIET) return;
+      update().catch(() => undefined);  // asked again in a second; the header tells of an app that does not answer
     }, 1000);
+  }
+
+  /* Whether a question was lost on its way: it is asked again in a while, also where the run does nothing new. */
+  function lacking() {
+    const { state } = view.parts.strip;
+    if (!view.fetched) return true;
+    if (!state) return false;  // there is no run
+    const { microscope } = view.parts;
+    return !view.known || !view.known.shape || !view.pictured || !view.runsKey || Boolean(microscope && microscope.missing());
   }
 
   function tools() {
@@ -75,6 +87,7 @@
 
   function select(run, picked) {
     if (run && run === view.run) return;
+    view.turn += 1;
     Object.assign(view, { run, picked, step: null, wanted: null, known: null, event: 0, pictured: null });
     view.parts.log.clear();
     for (const chart of Object.values(view.charts)) if (chart.step !== null) chart.mark(null);
@@ -83,7 +96,7 @@
   function pick(run) {
     select(run, true);
     address();
-    return update();
+    return grpo.attempt(null, update);
   }
 
   const address = () => grpo.note('live', { run: view.run, step: view.step });
@@ -102,7 +115,7 @@
     view.step = step === null || step === undefined ? null : Math.min(Math.max(1, Math.round(step)), last);
     for (const chart of Object.values(view.charts)) chart.mark(view.step);
     address();
-    pictures();
+    grpo.attempt(null, pictures);
   }
 
   // -- what is new --------------------------------------------------------------------------------------
@@ -129,19 +142,19 @@
   }
 
   async function once() {
-    const { run, known, event, parts } = view;
+    const { run, turn, known, event, parts } = view;
     let state;
     try {
       state = await grpo.get('live/state', { run, event, ...known });
     } catch (error) {
       if (error.status !== 404 || !run) throw error;
-      if (view.run !== run) return;
+      if (view.turn !== turn) return;
       grpo.toast(error.message, 'error');  // the run was deleted, or the link is of another database
       select('', false);
       again = true;
       return;
     }
-    if (view.run !== run) {  // another was picked meanwhile
+    if (view.turn !== turn) {  // another was picked meanwhile, or this one once more
       again = true;
       return;
     }
@@ -160,23 +173,28 @@
       view.known = { ...known, step: state.step, at: state.at };
       for (const chart of Object.values(view.charts)) chart.extend(state.points);
     }
-    if (view.run !== state.run.id) return;
+    if (view.turn !== turn) return;
     if (view.wanted) {
       const step = view.wanted;
       view.wanted = null;
       if (view.known.step) choose(step);
     }
-    if (!known || known.step !== view.known.step) {
-      if (parts.microscope) parts.microscope.latest(view.run, view.known.step);
-      await pictures();
-    }
+    if (parts.microscope && (!known || known.step !== view.known.step)) parts.microscope.latest(view.run, view.known.step);
+    else if (parts.microscope) parts.microscope.load();
+    await pictures();
     await runs();
   }
 
   async function figures() {
-    const { run, parts } = view;
-    const found = await grpo.get('live/figures', { run });
-    if (view.run !== run) return;
+    const { run, turn, parts } = view;
+    let found;
+    try {
+      found = await grpo.get('live/figures', { run });
+    } catch (error) {
+      if (view.turn === turn && view.known) view.known = { ...view.known, shape: '' };  // no figures' shape: asked anew
+      throw error;
+    }
+    if (view.turn !== turn) return;
     view.known = { step: found.step, at: found.at, shape: found.shape };
     for (const { name, title, unit, note, figure } of found.charts) {
       if (!view.charts[name]) view.charts[name] = newChart(name === 'reward' ? parts.reward : parts.grid, name, title, unit, note);
@@ -200,7 +218,13 @@
     const wanted = `${run} ${step ?? `newest of ${view.known ? view.known.step : 0}`}`;
     if (view.pictured === wanted) return;
     view.pictured = wanted;
-    const found = await grpo.get('live/pictures', { run, step });
+    let found;
+    try {
+      found = await grpo.get('live/pictures', { run, step });
+    } catch (error) {
+      if (view.pictured === wanted) view.pictured = null;
+      throw error;
+    }
     if (view.pictured === wanted) view.parts.pictures.show(found, step !== null);
   }
 
@@ -213,7 +237,13 @@
     const key = JSON.stringify([view.run, state.state, state.name, active.map((run) => [run.id, run.state, run.name])]);
     if (key === view.runsKey) return;
     view.runsKey = key;
-    const found = await grpo.get('live/runs');
+    let found;
+    try {
+      found = await grpo.get('live/runs');
+    } catch (error) {
+      view.runsKey = '';
+      throw error;
+    }
     view.parts.strip.runs(found.runs, view.run);
   }
 

@@ -274,7 +274,7 @@ grpo.microscopeParts = (() => {
     }
 
     dialog.node.addEventListener('keydown', (event) => {
-      if (event.key !== 'ArrowLeft' && event.key !== 'ArrowRight') return;
+      if (event.defaultPrevented || (event.key !== 'ArrowLeft' && event.key !== 'ArrowRight')) return;  // a token's own
       event.preventDefault();
       move(event.key === 'ArrowLeft' ? -1 : 1);
     });

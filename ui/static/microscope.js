@@ -3,6 +3,7 @@
    const microscope = grpo.microscope(host);
    microscope.show(runId, step)      show that step; it stays until the person follows the newest again
    microscope.latest(runId, step)    the run's newest step; shown unless the person has picked one
+   microscope.missing(), .load()     whether the step that is wanted is not on screen; ask for it (again)
    microscope.clear()                nothing to show
    microscope.onStep = (step) => ... the person picked a step here
    microscope.onFollow = () => ...   the person went back to following the newest */
@@ -120,8 +121,8 @@
       this.picked = true;
       this.step = target;
       this.controls();
+      this.load();  // where it did not move too: its answer may have been lost
       if (!moved) return;
-      this.load();
       clearTimeout(this.telling);
       this.telling = setTimeout(() => { if (this.onStep && this.picked) this.onStep(this.step); }, TOLD_AFTER);
     }
@@ -173,7 +174,7 @@
             data = await grpo.get('microscope/step', { run, step });
           } catch (error) {
             if (!(error instanceof grpo.Failure)) throw error;
-            if (!error.status) break;  // no answer: the next call of latest() asks again
+            if (!error.status) break;  // no answer: whoever made this asks again by load()
             problem = error.message;
           }
           if (run !== this.run || (problem && step !== this.step)) continue;

@@ -4,11 +4,13 @@
 grpo.screen('playground', (() => {
   const { h, fill } = grpo;
   const SHOWN = 5;  // examples at a time
+  const PATIENCE = 5000;  // ms: how old the choices may get while a run goes on
   const ORIGINAL = { kind: 'original' }, UNTRAINED = { kind: 'untrained' };
   const form = { prompt: '', models: '', columns: null, latent: '1', pictures: 2, greedy: false, sample: '1', temperature: '' };
   let choices = { models: [], runs: [], most_columns: 6 };
   let examples = { of: null, prompts: [], first: 0 };
   let asked = 0;  // when the choices were last asked for
+  let waiting = null;  // the look that is still to come
   let prepared = 0;
   const at = {};  // the form's elements
 
@@ -109,7 +111,13 @@ grpo.screen('playground', (() => {
   async function askExamples() {
     const wanted = form.models;
     examples = { of: wanted, prompts: [], first: 0 };
-    const found = await grpo.get('playground/examples', { models: wanted });
+    let found;
+    try {
+      found = await grpo.get('playground/examples', { models: wanted });
+    } catch {
+      if (examples.of === wanted) examples.of = null;  // asked again with the next choices
+      return;
+    }
     if (examples.of !== wanted) return;
     examples.prompts = found.prompts;
     drawExamples(found.note);
@@ -129,8 +137,17 @@ grpo.screen('playground', (() => {
       }, 'Others') : null);
   }
 
+  /* What can be chosen; unless forced, not too often, but never without a look at the last change. */
   async function askChoices(force) {
-    if (!force && Date.now() - asked < 5000) return;
+    const wait = force ? 0 : PATIENCE - (Date.now() - asked);
+    if (wait > 0) {
+      waiting = waiting || setTimeout(() => {
+        askChoices(true).catch(() => undefined);  // the app does not answer: the header says so
+      }, wait);
+      return;
+    }
+    clearTimeout(waiting);
+    waiting = null;
     asked = Date.now();
     choices = await grpo.get('playground/choices');
     if (!form.columns) form.columns = startingColumns();
@@ -321,6 +338,7 @@ grpo.screen('playground', (() => {
       restore(args);
       note();
     },
+    hide() { clearTimeout(waiting); waiting = null; },
     change() { return askChoices(false); },
   };
 })());

@@ -13,6 +13,7 @@
   const screens = {};
   const mounted = {};
   const PULSE = 1000;  // ms between looks at the database's revision
+  const HUNG = 10_000;  // ms after which a look counts as lost: an app that hangs would hold up all later ones
   let shown = null;
   let restoring = true;  // until the screen that the address names is open
   let pulse = { revision: -1, active: [], worker: { engine: 'loading', imported: 0, imports: 1, queue: [] } };
@@ -27,10 +28,11 @@
     if (beating) return beating;
     beating = (async () => {
       try {
-        const fresh = await get('pulse');
-        const changed = fresh.revision !== pulse.revision || JSON.stringify(fresh.worker) !== JSON.stringify(pulse.worker);
+        const fresh = await get('pulse', {}, { signal: AbortSignal.timeout(HUNG) });
+        const missed = lost > 0;  // what the screen asked for meanwhile may be lost too
+        const changed = missed || fresh.revision !== pulse.revision || JSON.stringify(fresh.worker) !== JSON.stringify(pulse.worker);
         pulse = fresh;
-        if (lost) {
+        if (missed) {
           lost = 0;
           document.body.classList.remove('g-lost');
         }

@@ -27,17 +27,31 @@
       drawRuns();
       drawQueue(told.queue);
       drawJobs();
-    })().finally(() => { asking = null; });
+    })().finally(() => {
+      asking = null;
+      watchJobs();
+    });
     return asking;
+  }
+
+  const busy = ({ state }) => state === 'waiting' || state === 'working';
+
+  /* Look again soon while a job goes on, after a look that was lost too. */
+  function watchJobs() {
+    clearTimeout(timer);
+    if (visible && jobs.some(busy)) timer = setTimeout(() => look().catch(() => undefined), JOB_MS);
   }
 
   async function lookAtDisk(force) {
     const now = Date.now() / 1000;
     if (!force && now - diskAt < DISK_S) return;
     diskAt = now;
-    disk = await grpo.get('system/disk');
-    drawDisk();
-    if (disk.measuring && visible) setTimeout(() => { if (visible) lookAtDisk(true).catch(() => undefined); }, 700);
+    try {
+      disk = await grpo.get('system/disk');
+      drawDisk();
+    } finally {  // a look that was lost does not end the measuring
+      if (disk.measuring && visible) setTimeout(() => { if (visible) lookAtDisk(true).catch(() => undefined); }, 700);
+    }
   }
 
   async function lookAtMachine(force) {
@@ -98,7 +112,7 @@
     const run = rows.get(id);
     const size = disk.runs[id] ? ` That frees ${grpo.bytes(total(disk.runs[id]))}.` : '';
     if (!await grpo.confirm(`${run.name}: metrics, rewrites, pictures and checkpoints go, and can\u2019t be brought back.${size}`, 'Delete the run', 'danger')) return;
-    await grpo.post('system/delete', { runs: [id] });
+    await grpo.post('compare/delete', { runs: [id] });
     await look();
     await lookAtDisk(true);
   }
@@ -153,9 +167,6 @@
     });
     parts.jobsCard.hidden = !mine.length;
     drawChecks();
-    const busy = jobs.some(({ state }) => state === 'waiting' || state === 'working');
-    clearTimeout(timer);
-    if (busy && visible) timer = setTimeout(() => look().catch(() => undefined), JOB_MS);
   }
 
   // -- machine, checks --------------------------------------------------------------------------------
@@ -175,15 +186,14 @@
     const newest = (kind) => jobs.find((job) => job.kind === kind);
     for (const [kind, node, verb] of [['check', parts.checkTold, parts.check], ['doctor', parts.doctorTold, parts.doctor]]) {
       const job = newest(kind);
-      const busy = Boolean(job) && (job.state === 'waiting' || job.state === 'working');
-      verb.disabled = busy;
+      verb.disabled = Boolean(job) && busy(job);
       if (!job) continue;
       const shown = JSON.stringify([job.token, job.state, job.message]);
       if (node.dataset.shown === shown) continue;
       node.dataset.shown = shown;
       const problems = job.result ? job.result.problems : [];
       const when = job.finished ? ` (${new Date(job.finished * 1000).toLocaleTimeString()})` : '';
-      grpo.fill(node, problems.length ? h('span', { class: 'g-bad-text' }, `${problems.length} problem${problems.length === 1 ? '' : 's'} found${when}; see above.`) : h('span', { class: job.state === 'failed' ? 'g-bad-text' : 'g-quiet' }, `${job.message}${busy ? '' : when}`));
+      grpo.fill(node, problems.length ? h('span', { class: 'g-bad-text' }, `${problems.length} problem${problems.length === 1 ? '' : 's'} found${when}; see above.`) : h('span', { class: job.state === 'failed' ? 'g-bad-text' : 'g-quiet' }, `${job.message}${busy(job) ? '' : when}`));
       const plan = job.result && job.result.placement;
       if (plan) grpo.add(node, [h('span', { class: 'g-quiet g-small g-system-line' }, `With ${job.result.settings}: ${plan}.`)]);
     }

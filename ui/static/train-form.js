@@ -1,6 +1,7 @@
 /* The settings as a form: groups of those that people change, and all the rest with a search.
 
-   const form = grpo.trainForm(fields, change)   `fields` as /grpo/train/form has them; change(name, value) on input
+   const form = grpo.trainForm(fields, methods, change)   `fields` and `methods` as /grpo/train/form has them;
+                                change({name: value}) on input, null = as in the preset
    form.groups, form.rest       the two parts, to be put on the page
    form.show(base, values)      the preset's values, and what is changed of them; never touches a field being typed in
    form.problems(sentences)     {name: sentence} at their fields
@@ -10,6 +11,8 @@
 
 (() => {
   const { h, icon } = grpo;
+
+  const METHOD_GROUP = 'Objective';
 
   const plain = (value) => (Array.isArray(value) ? value.join(', ') : String(value));
 
@@ -65,13 +68,13 @@
     return { node: input, input, get, set: (value) => { input.value = plain(value); } };
   }
 
-  function trainForm(fields, change) {
+  function trainForm(fields, methods, change) {
     const parts = {};
 
     function build(field) {
       const id = `g-train-${field.name.replace(/\W/g, '-')}`;
-      const part = { field, ...control(field, id, (value) => change(field.name, value)) };
-      part.reset = h('button', { type: 'button', class: 'g-chip changed g-train-reset', hidden: true, onclick: () => { change(field.name, null); part.input.focus(); } }, 'changed', icon('close'));
+      const part = { field, ...control(field, id, (value) => change({ [field.name]: value })) };
+      part.reset = h('button', { type: 'button', class: 'g-chip changed g-train-reset', hidden: true, onclick: () => { change({ [field.name]: null }); part.input.focus(); } }, 'changed', icon('close'));
       part.limits = h('span', { class: 'g-train-limits' }, field.limits);
       part.error = h('p', { class: 'g-error', id: `${id}-error`, hidden: true });
       part.help = h('p', { class: 'g-help', id: `${id}-help` }, field.help);
@@ -96,12 +99,23 @@
       return part.row;
     }
 
+    /* The published variant that the parts make up; none of them, and it says so. It is no setting: choosing sets the parts. */
+    const mixed = h('option', { value: '', hidden: true, disabled: true }, 'own mix');
+    const method = h('select', { class: 'g-select', id: 'g-train-method', 'aria-describedby': 'g-train-method-help',
+      onchange: () => change(methods.find((one) => one.name === method.value).parts) },
+    mixed, methods.map(({ name, label }) => h('option', { value: name }, label)));
+    const methodRow = h('div', { class: 'g-field g-train-field', data: { field: 'method' } },
+      h('div', { class: 'g-train-label' }, h('label', { for: 'g-train-method' }, 'Method')), method,
+      h('p', { class: 'g-help', id: 'g-train-method-help' }, 'A published variant: it sets the loss, the scaling, the baseline, the aggregation and the clips.'));
+
+    const madeUp = (value) => methods.find((one) => Object.entries(one.parts).every(([name, part]) => same(parts[name].field, value(name), part)));
+
     const own = ['preset', 'recording.name', 'data.prompts'];
     const main = fields.filter((field) => field.group);
     const rest = fields.filter((field) => !field.group && !own.includes(field.name));
     const titles = [...new Set(main.map((field) => field.group))];
     const groups = h('div', { class: 'g-train-groups' }, titles.map((title) => h('section', { class: 'g-card', 'aria-label': title },
-      h('header', {}, h('h2', {}, title)), h('div', { class: 'g-train-fields' }, main.filter((field) => field.group === title).map(short)))));
+      h('header', {}, h('h2', {}, title)), h('div', { class: 'g-train-fields' }, title === METHOD_GROUP ? methodRow : null, main.filter((field) => field.group === title).map(short)))));
 
     const sections = [...new Set(rest.map((field) => field.section))].map((title) => ({
       title, fields: rest.filter((field) => field.section === title),
@@ -147,6 +161,8 @@
         part.reset.title = `Back to ${text(part.field, base[name])}, as in the preset`;
         if (is && !part.field.group) changed += 1;
       }
+      const found = madeUp((name) => (name in values ? values[name] : base[name]));
+      method.value = found ? found.name : '';
       grpo.text(count, changed ? `${changed} changed` : '');
     }
 

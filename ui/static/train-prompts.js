@@ -1,7 +1,7 @@
 /* The prompt set: choosing one, what is in it, a table to edit it, and uploads.
 
    const prompts = grpo.trainPrompts(desk)    desk as train.js makes it
-   prompts.node, prompts.show()               show what the settings name; asks the server only when that has changed
+   prompts.node, prompts.show(fault)          show what the settings name; asks the server only when that has changed
    prompts.list(sets)                         the sets there are */
 'use strict';
 
@@ -17,7 +17,8 @@
     const table = h('div', { class: 'g-train-counts' });
     const report = h('details', { class: 'g-small', hidden: true });
     const error = h('p', { class: 'g-error g-train-problems', hidden: true });
-    let refusal = '';  // of an upload or of reading the set; it stays until another set is chosen
+    let refusal = '';  // of an upload; it stays until another set is chosen
+    let fault = '', unread = '';  // what is wrong with the setting; why the set could not be read
     const file = h('input', { type: 'file', accept: '.jsonl,.txt,.csv', hidden: true, 'aria-label': 'Prompt file', onchange: () => upload() });
     const edit = grpo.button('View and edit', () => editor(), { kind: 'small' });
     const send = grpo.button('Upload', () => file.click(), { kind: 'small', glyph: 'upload', title: 'A JSONL, TXT or CSV file with one prompt a row' });
@@ -37,37 +38,48 @@
       pick.value = value;
     }
 
-    function tell(sentence = '') {
-      grpo.text(error, sentence || refusal);
-      error.hidden = !(sentence || refusal);
+    function tell() {
+      const sentence = [fault, refusal, unread].filter(Boolean).join('\n');
+      grpo.text(error, sentence);
+      error.hidden = !sentence;
     }
 
-    async function show(sentence = '') {
+    function show(sentence) {
+      fault = sentence;
       const value = desk.value('data.prompts');
       pick.value = value;
       if (pick.selectedIndex < 0) list(sets);
       chip.hidden = !desk.changed('data.prompts');
       chip.title = `Back to ${desk.base()['data.prompts']}, as in the preset`;
-      tell(sentence);
-      if (value === shown) return;
-      shown = value;
+      tell();
+      return value === shown ? undefined : read(value);
+    }
+
+    /* Ask what is in a set. A question that is lost is asked again by the next look, or by a click on the button. */
+    async function read(value) {
+      edit.disabled = true;
+      [shown, about] = [value, null];
       const known = sets.some((set) => set.value === value);
-      edit.disabled = !known;
+      let found = null, failure = null;
       try {
-        about = known ? await grpo.get('train/prompts', { value }) : null;
-      } catch (failure) {
-        about = null;
-        refusal = failure.message;
-        tell();
-        edit.disabled = true;
+        found = known ? await grpo.get('train/prompts', { value }) : null;
+      } catch (error) {
+        failure = error;
       }
-      if (value === shown) counts();
+      if (value !== shown) return;  // another set was chosen meanwhile
+      about = found;
+      unread = failure ? failure.message : '';
+      const lost = Boolean(failure) && failure.status === 0;
+      if (lost) shown = null;
+      edit.disabled = !about && !lost;
+      tell();
+      counts();
     }
 
     function counts() {
       report.hidden = !about || !about.report.length;
       if (!about) {
-        grpo.fill(table, h('p', { class: 'g-quiet g-small' }, 'What is in this file is read when the run starts.'));
+        grpo.fill(table, unread ? null : h('p', { class: 'g-quiet g-small' }, 'What is in this file is read when the run starts.'));
         return;
       }
       const sum = (split) => about.tiers.reduce((total, tier) => total + about.counts[split][tier], 0);
@@ -110,6 +122,8 @@
 
     async function editor() {
       const base = desk.value('data.prompts');
+      if (!about) await read(base);
+      if (!about) return;  // the reason stands above the button
       const { name, splits, tiers } = about;
       const original = (await grpo.get('train/prompts/rows', { value: base })).rows;
       let rows = drafts[base] || original.map((row) => ({ ...row }));

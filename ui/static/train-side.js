@@ -11,24 +11,37 @@ grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, laun
 
   const pick = h('select', { class: 'g-select', id: 'g-train-preset', onchange: async () => {
     const wanted = pick.value;
-    const many = changes().length;
-    if (many && !await grpo.confirm(`${many === 1 ? 'One change is' : `${many} changes are`} dropped when you switch to the preset ${wanted}.`, 'Switch')) pick.value = state.preset;
-    else await choose(wanted, kept());
+    if (await mayDrop(`switch to the preset ${wanted}`, 'Switch')) await choose(wanted, kept());
+    else pick.value = state.preset;
   } });
   const many = h('span', { class: 'g-quiet', role: 'status' });
   const resetAll = grpo.button('Reset all', () => reset(), { kind: 'plain' });
   const alert = h('div', { class: 'g-card g-train-alert', role: 'alert', hidden: true });
   const firstLabel = h('span', {}, FIRST);
+  const firstButton = grpo.button(firstLabel, () => launch('train/first', { token: state.token }), { kind: 'primary' });
   const first = h('section', { class: 'g-card g-train-first', 'aria-label': 'First run', hidden: true },
     h('div', { class: 'g-stack g-tight' }, h('h2', {}, 'See GRPO work in about a minute'),
       h('p', { class: 'g-quiet' }, 'A small policy rewrites short prompts, an image model draws every rewrite, and CLIP scores each picture against the original words. '
         + 'You will watch the reward climb as the policy learns from nothing but those scores. '
         + 'At the end each test prompt stands there three times: drawn from the original words, from the untrained rewrite and from the trained one.')),
-    h('div', { class: 'g-row' }, grpo.button(firstLabel, () => launch('train/first', { token: state.token }), { kind: 'primary' }),
+    h('div', { class: 'g-row' }, firstButton,
       grpo.button('Not now', () => { grpo.remember('train.first', 'dismissed'); first.hidden = true; })));
 
   const kept = () => (state.values['recording.name'] ? { 'recording.name': state.values['recording.name'] } : {});
   const changes = () => Object.keys(state.values).filter((name) => name !== 'recording.name');
+
+  /* Whether the changes made here may go; asked only where there are some. */
+  async function mayDrop(doing, verb) {
+    const many = changes().length;
+    return !many || grpo.confirm(`${many === 1 ? 'One change is' : `${many} changes are`} dropped when you ${doing}.`, verb);
+  }
+
+  /* Somebody asked for the guided first run: it is offered again, whatever was said of it before. */
+  function guide() {
+    grpo.remember('train.first', '');
+    first.hidden = false;
+    firstButton.focus();
+  }
 
   function presets() {
     const options = (saved) => state.presets.filter((preset) => preset.saved === saved).map((preset) => h('option', { value: preset.name, disabled: !preset.values, title: preset.problem || null },
@@ -157,7 +170,7 @@ grpo.trainSide = ({ desk, state, data, prompts, sweep, form, choose, start, laun
   }
 
   return {
-    page, presets, top, named, cost, placement, summary, update,
+    page, presets, top, named, cost, placement, summary, update, kept, mayDrop, guide,
     sets: () => data.sets,
     first: (offered) => { first.hidden = !offered || grpo.recall('train.first', '') === 'dismissed'; },
     focusName: () => name.focus(),

@@ -2,6 +2,7 @@
 
    What differs from the preset is all that is kept here, and all that is sent. The parts of the screen share `desk`:
    desk.base() and desk.value(name) the preset's and the present value, desk.set(name, value) (null = as the preset),
+   desk.take({name: value}) for several at once,
    desk.asked() what every request sends. */
 'use strict';
 
@@ -22,9 +23,12 @@
       changed: (name) => name in state.values,
       asked: () => ({ preset: state.preset, values: state.values }),
       sets: (sets) => { data.sets = sets; },
-      set(name, value) {
-        if (value === null || grpo.trainForm.same(byName[name], value, base()[name])) delete state.values[name];
-        else state.values[name] = value;
+      set(name, value) { this.take({ [name]: value }); },
+      take(values) {
+        for (const [name, value] of Object.entries(values)) {
+          if (value === null || grpo.trainForm.same(byName[name], value, base()[name])) delete state.values[name];
+          else state.values[name] = value;
+        }
         changed();
       },
     };
@@ -43,7 +47,13 @@
     clearTimeout(waiting);
     state.asked += 1;
     const mine = state.asked;
-    const answer = await grpo.post('train/check', desk.asked());
+    let answer;
+    try {
+      answer = await grpo.post('train/check', desk.asked());
+    } catch (error) {
+      if (error.status === 0) state.seen = '';  // lost on its way: change() asks again
+      throw error;
+    }
     if (mine !== state.asked) return null;
     state.problems = answer;
     side.first(answer.first_run);
@@ -185,7 +195,7 @@
     state.values = draft && usable(draft.preset) ? Object.fromEntries(Object.entries(draft.values || {}).filter(([name]) => names.has(name))) : {};
     state.token = grpo.trainToken();
     desk = makeDesk(data);
-    form = grpo.trainForm(data.fields, (name, value) => desk.set(name, value));
+    form = grpo.trainForm(data.fields, data.methods, (values) => desk.take(values));
     prompts = grpo.trainPrompts(desk);
     sweep = grpo.trainSweep(desk);
     side = grpo.trainSide({ desk, state, data, prompts, sweep, form, choose, start, launch, copyCommand, savePreset, reset, count, refusal: () => (state.planned === planKey() && state.plan && state.plan.problem) || '' });
@@ -226,10 +236,10 @@
     if (args.run) {
       const found = await grpo.get('train/run', { run: args.run });
       grpo.note('train', {});
-      await choose(found.preset, found.values);
-    } else if (args.preset && args.preset !== state.preset && state.presets.some((preset) => preset.name === args.preset && preset.values)) {
+      if (await side.mayDrop('take over the settings of that run', 'Take over')) await choose(found.preset, { ...found.values, ...side.kept() });
+    } else if (args.guide) {
       grpo.note('train', {});
-      await choose(args.preset);
+      side.guide();
     }
   }
 
