@@ -19,8 +19,10 @@
       }
       parts.now = now;
       const fresh = JSON.stringify([now.overview.ids, now.compare]);
+      parts.asked = fresh;
       if (fresh === key) return;
       const found = await grpo.get('gallery/agreement', { run: now.run, at: now.overview.at, compare: now.compare });
+      if (parts.asked !== fresh) return;  // something else is wanted by now
       key = fresh;
       parts.chart.hidden = found.n === 0;
       fill(parts.said, h('h2', {}, 'Do they agree?'), h('p', {}, found.sentence),
