@@ -229,11 +229,12 @@ def test_shuffled_rewards_are_permuted_inside_their_group_only(rebuilt: Rebuilt,
 def test_every_rollout_is_dealt_every_reward_equally_often(rebuilt: Rebuilt, prompts: list[Prompt]) -> None:
     environment = rebuilt("models.reward.debug=shuffle")
     environment.reward = RewardModel(RankScorer(), environment.config.models.reward)
-    group = scored(environment, prompts[0], TEXTS)
+    texts = ("a red circle", "a blue square", "a green star")  # all different, so their rewards are 0, 1 and 2
+    group = scored(environment, prompts[0], texts)
     deals = 1000
     dealt = torch.stack([environment.score(group, step) for step in range(deals)])
-    share = torch.stack([(dealt == reward).float().mean(0) for reward in range(len(TEXTS))])
-    expected = 1 / len(TEXTS)
+    share = torch.stack([(dealt == reward).float().mean(0) for reward in range(len(texts))])
+    expected = 1 / len(texts)
     assert float((share - expected).abs().max()) < 5 * (expected * (1 - expected) / deals) ** 0.5
 
 

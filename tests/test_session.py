@@ -693,8 +693,7 @@ def test_a_plan_takes_prompts_by_split_and_tier_in_file_order(tmp_path: Path) ->
     )
     complete = [[f"{split}-complex-{number}" for number in range(3)] for split in ("train", "test", "validation")]
     found = [[prompt.id for prompt in split] for split in (plan.train, plan.test, plan.validation)]
-    assert found[1] == complete[1]
-    for own, all_of_them in ((found[0], complete[0]), (found[2], complete[2])):
+    for own, all_of_them in zip(found, complete, strict=True):
         assert len(own) == 2 and own == [one for one in all_of_them if one in own]
     assert len(load_prompts(tmp_path / "mine.jsonl")) == len(chosen)
 
