@@ -28,11 +28,11 @@ from grpo_engine.evaluation import Evaluator, by_prompt
 from grpo_engine.image_model import ImageModel, RenderJob
 from grpo_engine.loading import load_environment
 from grpo_engine.placement import apply_threads
+from grpo_engine.plan import Plan
 from grpo_engine.policy import Poll, no_poll
 from grpo_engine.recorder import Unrecorded
 from grpo_engine.rollout import Group, Picture, Score
 from grpo_engine.seeding import numpy_generator
-from grpo_engine.session import Plan
 from grpo_engine.trainer import PureGRPOTrainer
 
 ARMS = ("sampled", "greedy")

@@ -172,7 +172,7 @@ def _among_ranks(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, world: World) -> int:
     config = RunConfig.load(options.config, options.set)
     from .cli_progress import follow
-    from .session import Plan
+    from .plan import Plan
     from .store import Store
 
     plan = Plan(config, world)

@@ -79,7 +79,7 @@ def _planned(preset: str, overrides: Iterable[str]) -> tuple[Placement | None, M
         config = RunConfig.load(preset, overrides)
     except ConfigError as error:
         return None, None, [str(error)]
-    from .session import Plan
+    from .plan import Plan
 
     placement = intended(config.placement)
     try:

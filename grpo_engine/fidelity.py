@@ -25,9 +25,9 @@ from .image_families.base import PipelineModel
 from .image_model import ImageModel, RenderJob
 from .loading import load_environment, load_images, release_memory
 from .placement import apply_threads
+from .plan import Plan
 from .prompts import Prompt
 from .seeding import numpy_generator
-from .session import Plan
 
 LEAST_REWRITES = 3  # different ones in a group: two are either right or wrong
 

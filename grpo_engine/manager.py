@@ -15,7 +15,8 @@ from .config import RunConfig
 from .control import RunControl
 from .distributed import ALONE, World
 from .loading import release_memory
-from .session import Plan, Session
+from .plan import Plan
+from .session import Session
 from .store import Store, StoreError
 
 log = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ from grpo_engine.config import RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.loading import load_environment, prompt_file
+from grpo_engine.plan import Plan
 from grpo_engine.prompts import Prompt, load_prompts
 from grpo_engine.recorder import STEP_METRICS, Evaluation
 from grpo_engine.reward import RewardModel
 from grpo_engine.rollout import Group, Picture
 from grpo_engine.seeding import normals
-from grpo_engine.session import Plan
 from grpo_engine.store import Store
 from grpo_engine.trainer import PureGRPOTrainer
 

@@ -22,7 +22,7 @@ from grpo_engine.config import ROOT, ConfigError
 from grpo_engine.distributed import ALONE, World
 from grpo_engine.manager import execute
 from grpo_engine.model_sizes import policy_size
-from grpo_engine.session import Plan
+from grpo_engine.plan import Plan
 from grpo_engine.store import Store
 from grpo_engine.store.rows import RunRow
 

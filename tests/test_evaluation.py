@@ -21,10 +21,10 @@ from grpo_engine.config import RunConfig
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.evaluation import Evaluator, Gain, by_prompt, paired_gain, sentence, summarise
 from grpo_engine.judge import make_judge
+from grpo_engine.plan import Plan
 from grpo_engine.recorder import EvaluationItem
 from grpo_engine.rollout import Score
 from grpo_engine.seeding import normals
-from grpo_engine.session import Plan
 
 
 def gain_of(difference: Sequence[float], *, resamples: int = 20_000, confidence: float = 0.95, seed: int = 0) -> Gain:

@@ -25,7 +25,8 @@ from grpo_engine.config import ConfigError, RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.doctor import examine, print_findings
 from grpo_engine.model_files import files_of_pipeline, files_of_policy, missing_of_pipeline, missing_of_policy
-from grpo_engine.session import Plan, Session
+from grpo_engine.plan import Plan
+from grpo_engine.session import Session
 from grpo_engine.store import Store
 from grpo_engine.tiny import WEIGHTS
 

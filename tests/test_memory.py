@@ -35,9 +35,9 @@ from grpo_engine.model_sizes import (
     reward_size,
 )
 from grpo_engine.placement import intended, resolve
+from grpo_engine.plan import Plan
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
-from grpo_engine.session import Plan
 from grpo_engine.tiny import WEIGHTS
 from grpo_engine.weight_sizes import UnknownSize, Weights
 from tests.conftest import Biased, run_config

@@ -16,7 +16,7 @@ from grpo_engine.image_sizes import CLIP_H, CLIP_L_STATES, PUBLISHED_IMAGES, SD_
 from grpo_engine.memory import GIB, Memory, MemoryPlan, plan_memory
 from grpo_engine.memory_needs import Needs, image_needs, total
 from grpo_engine.placement import resolve
-from grpo_engine.session import Plan
+from grpo_engine.plan import Plan
 from tests.image_folders import SETTINGS, write_image_model
 from tests.test_memory import held, on, peak_of, planned, refused, size_of
 

@@ -25,10 +25,10 @@ from grpo_engine.config import ConfigError, RewardModelConfig, RunConfig
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.judge import VqaJudge
 from grpo_engine.loading import load_reward, prompt_token_limit
+from grpo_engine.plan import Plan
 from grpo_engine.prompts import Prompt
 from grpo_engine.reward import AestheticScorer, ClipScorer, RewardModel, load_clip_scorer, load_head, with_its_gelu
 from grpo_engine.rollout import Picture
-from grpo_engine.session import Plan
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle", "two small blue stars", "a red circle"]

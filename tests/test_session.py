@@ -36,8 +36,9 @@ from grpo_engine.config import ROOT, ConfigError, RunConfig
 from grpo_engine.control import RunControl
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.manager import RunManager, execute
+from grpo_engine.plan import Plan
 from grpo_engine.prompts import load_prompts
-from grpo_engine.session import Plan, Session, evaluate_run
+from grpo_engine.session import Session, evaluate_run
 from grpo_engine.store import Store, StoreError
 from grpo_engine.store.rows import RunRow
 from grpo_engine.store.writes import update_run

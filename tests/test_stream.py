@@ -32,10 +32,11 @@ from grpo_engine.image_model import ImageModel, RenderJob
 from grpo_engine.loading import load_images
 from grpo_engine.pipeline import HERE
 from grpo_engine.placement import Placement
+from grpo_engine.plan import Plan
 from grpo_engine.policy import Poll, no_poll
 from grpo_engine.reward import RewardModel, VqaScorer
 from grpo_engine.rollout import Group, Picture
-from grpo_engine.session import Plan, Session
+from grpo_engine.session import Session
 from grpo_engine.store import Store
 from grpo_engine.stream import GroupStream
 from grpo_engine.trainer import PureGRPOTrainer

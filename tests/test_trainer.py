@@ -25,11 +25,11 @@ from torch import Tensor
 from grpo_engine.config import RunConfig
 from grpo_engine.environment import PureGRPOPromptEnvironment
 from grpo_engine.methods import METHODS
+from grpo_engine.plan import Plan
 from grpo_engine.policy import PureGRPOPolicy
 from grpo_engine.prompts import Prompt
 from grpo_engine.recorder import STEP_METRICS
 from grpo_engine.rollout import Group
-from grpo_engine.session import Plan
 from grpo_engine.trainer import PureGRPOTrainer, TrainingFailed
 
 UNPARSED_IS_FLAT = "models.reward.failure=7"  # what RankScorer gives the prompts whose rewards shall not differ

@@ -70,7 +70,7 @@ class Launcher:
 
     def queue(self, configs: Sequence[RunConfig]) -> dict[str, Any]:
         """Submit a sweep, tagged as one: every run is checked before the first is queued. Raises `Refused`."""
-        from grpo_engine.session import Plan
+        from grpo_engine.plan import Plan
 
         manager = self.worker.manager()
         for config in configs:

@@ -7,7 +7,7 @@ from typing import Any
 from grpo_engine.config import ConfigError, RunConfig
 from grpo_engine.memory import MemoryPlan, MemoryRefusal, plan_memory
 from grpo_engine.placement import intended
-from grpo_engine.session import Plan
+from grpo_engine.plan import Plan
 
 from .form import named_in
 
