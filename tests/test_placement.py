@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_engine.config import ConfigError, PlacementConfig, RunConfig
-from grpo_engine.placement import PLANS, Placement, intended, resolve, resolve_cell
+from grpo_engine.placement import PLANS, Placement, apply_threads, intended, resolve, resolve_cell
 
 EIGHT = [*(f"cuda:{index}" for index in range(8)), "cpu"]
 
@@ -210,3 +210,12 @@ def test_no_two_cells_share_a_gpu(ranks: int, each: int, spare: int) -> None:
     found = cells(ranks * each + spare, ranks)
     used = [device for policy, images, reward in found for device in {policy, *images, reward} if device != "cpu"]
     assert len(used) == len(set(used))
+
+
+def test_the_limit_of_an_earlier_runs_threads_does_not_outlast_it() -> None:
+    apply_threads(RunConfig.load("tiny"))
+    before = torch.get_num_threads()
+    apply_threads(RunConfig.load("tiny", [f"placement.threads={before + 1}"]))
+    assert torch.get_num_threads() == before + 1
+    apply_threads(RunConfig.load("tiny"))
+    assert torch.get_num_threads() == before
