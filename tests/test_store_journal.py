@@ -40,7 +40,7 @@ def mode(path: Path) -> str:
 @pytest.mark.parametrize(
     ("path", "kind", "journal"),
     [
-        ("/work/runs.db", "ext4", "wal"),
+        ("/data/runs.db", "ext4", "wal"),
         ("/home/me/runs.db", "nfs4", "rollback"),
         ("/home/local/me/runs.db", "xfs", "wal"),
         ("/homestead/runs.db", "ext4", "wal"),
