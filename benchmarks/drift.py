@@ -36,6 +36,7 @@ from grpo_engine.seeding import numpy_generator
 from grpo_engine.trainer import PureGRPOTrainer
 
 ARMS = ("sampled", "greedy")
+SIGNS = (1.0, -1.0)
 
 
 class Blank:
@@ -68,19 +69,29 @@ class NoiseEnvironment(PureGRPOPromptEnvironment):
         return torch.tensor(noise, dtype=torch.float32)
 
 
-def drifts(config: RunConfig, sign: float) -> list[float]:
-    """By how much a policy trained on noise is above the untrained one: sampled, and greedy."""
+def drifts(config: RunConfig) -> list[list[float]]:
+    """For each sign, by how much a policy trained on noise is above the untrained one: sampled, and greedy."""
     plan = Plan(config)
     config = plan.config
     apply_threads(config)
-    real = load_environment(config, plan.placement)
-    PureGRPOTrainer(config, NoiseEnvironment(real, sign), plan.train, Unrecorded(), RunControl()).train()
-    evaluator = Evaluator(real, None, plan.test, config)
+    untrained: list[float] = []
+    found = []
+    for sign in SIGNS:
+        real = load_environment(config, plan.placement)
+        PureGRPOTrainer(config, NoiseEnvironment(real, sign), plan.train, Unrecorded(), RunControl()).train()
+        evaluator = Evaluator(real, None, plan.test, config)
+        untrained = untrained or rewards(evaluator, "untrained")  # the adapter is off: the same after either training
+        trained = rewards(evaluator, "trained")
+        found.append([after - before for after, before in zip(trained, untrained, strict=True)])
+    return found
 
-    def reward(arm: str) -> float:
-        return statistics.mean(by_prompt(evaluator.measure(arm), lambda item: item.score.total).values())
 
-    return [reward(f"trained{arm}") - reward(f"untrained{arm}") for arm in ("", "_greedy")]
+def rewards(evaluator: Evaluator, policy: str) -> list[float]:
+    """Mean reward of ``policy``, "untrained" or "trained": sampled, and greedy."""
+    return [
+        statistics.mean(by_prompt(evaluator.measure(policy + arm), lambda item: item.score.total).values())
+        for arm in ("", "_greedy")
+    ]
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -100,7 +111,7 @@ def main() -> None:
     runs: list[list[list[float]]] = []  # seed, sign, arm
     for seed in range(options.seeds):
         config = RunConfig.load("tiny", [*options.set, f"seed={seed}"])
-        runs.append([drifts(config, sign) for sign in (1.0, -1.0)])
+        runs.append(drifts(config))
         print(f"seed {seed}: {len(runs)} of {options.seeds} pairs", file=sys.stderr)
     print(f"{machine()}; torch {torch.__version__}")
     print(f"{config.training.steps} steps on noise, and on the same noise turned; drift of the reward\n")

@@ -193,11 +193,9 @@ def _resume(options: argparse.Namespace, world: World) -> int:
     from .cli_progress import follow
 
     with _database(options) as store:
-        run = store.require_local(store.resolve(options.run).id)
+        run = store.require_idle(store.resolve(options.run).id)
         if run.state == "finished":
             raise ConfigError(f"Run {run.id} is finished; there is nothing to resume. 'evaluate' measures it again.")
-        if run.active and run.state != "queued":  # a queued run has no process
-            raise ConfigError(f"Run {run.id} is {run.state} in process {run.pid} on {run.host}; stop it first.")
         print(f"run {run.id}")
         return follow(store, run.id, world)
 

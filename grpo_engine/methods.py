@@ -29,11 +29,3 @@ METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """Name -> settings of ``objective``. The mathematics, with equations, is in ``objective.py``."""
-
-
-def method_of(objective: Mapping[str, Any]) -> str | None:
-    """The method whose parts ``objective`` has, None for a mixture of one's own."""
-    for name, parts in METHODS.items():
-        if all(objective[part] == value for part, value in parts.items()):
-            return name
-    return None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
-from .prompts import TIERS, Prompt
+from .prompts import TIERS, Prompt, lot
 
 
 def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
@@ -22,9 +21,9 @@ def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     by_remainder = sorted(TIERS, key=lambda tier: -(count * len(tiers[tier]) % len(prompts)))
     for tier in by_remainder[: count - sum(places.values())]:
         places[tier] += 1
-    chosen = {prompt.id for tier, own in tiers.items() for prompt in sorted(own, key=_lot)[: places[tier]]}
+    chosen = {
+        prompt.id
+        for tier, own in tiers.items()
+        for prompt in sorted(own, key=lambda prompt: lot("choice", prompt.id))[: places[tier]]
+    }
     return [prompt for prompt in prompts if prompt.id in chosen]
-
-
-def _lot(prompt: Prompt) -> bytes:
-    return hashlib.sha256(f"choice:{prompt.id}".encode()).digest()

@@ -286,7 +286,7 @@ class _Builder:
             if value not in allowed:
                 return f"{shown(value)} is no {key}; use {_alternatives(allowed)}."
         prompt = Prompt(
-            id=values.get("id") or "p-" + _hash("id", same).hex()[:12],
+            id=values.get("id") or "p-" + lot("id", same).hex()[:12],
             text=text,
             tier=tier,  # type: ignore[arg-type]  # a member of TIERS, checked above
             split=split,  # type: ignore[arg-type]  # a member of SPLITS, checked above
@@ -374,7 +374,7 @@ class _Builder:
         unassigned = self.without["split"]
         if not unassigned or any(prompt.split == "train" for prompt in self.prompts):
             return []
-        chosen = min(unassigned, key=lambda position: _hash("split", normalize(self.prompts[position].text)))
+        chosen = min(unassigned, key=lambda position: lot("split", normalize(self.prompts[position].text)))
         self.prompts[chosen] = dataclasses.replace(self.prompts[chosen], split="train")
         line = self.lines[chosen]
         return [f"{self.name}, line {line}: moved to split train, to which the hash had assigned no prompt."]
@@ -402,11 +402,12 @@ class _Builder:
 
 def split_of(normalized_text: str) -> Split:
     """The split of a prompt that names none: a function of its normalized text alone, 70/10/20 on average."""
-    share = int.from_bytes(_hash("split", normalized_text)[:8], "big") / 2**64
+    share = int.from_bytes(lot("split", normalized_text)[:8], "big") / 2**64
     return next((split for split, bound in _SPLIT_BOUNDS if share < bound), "test")
 
 
-def _hash(purpose: str, text: str) -> bytes:
+def lot(purpose: str, text: str) -> bytes:
+    """What decides where chance must: a hash, so that it is the same on every machine."""
     return hashlib.sha256(f"{purpose}:{text}".encode()).digest()
 
 

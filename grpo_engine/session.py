@@ -46,7 +46,7 @@ from .recorder import Evaluation, EvaluationItem, Unrecorded
 from .rollout import Score
 from .sharding import collect, held, shared_out, spread
 from .store import Store, StoreError
-from .store.owner import owner_of, this_process
+from .store.owner import carried_here
 from .store.recorder import StoreRecorder
 from .store.rows import ENDINGS
 from .trackers import TrackedRecorder
@@ -93,11 +93,7 @@ class Session:
         Raises:
             StoreError: the run is another process's, or was ended or taken over by one; nothing of it was changed.
         """
-        before = self.store.require_local(self.run_id)
-        if before.active and before.state != "queued":  # a queued run has no process
-            raise StoreError(
-                f"Run {before.id} is {before.state} in process {before.pid} on {before.host}; stop it first."
-            )
+        before = self.store.require_idle(self.run_id)
         resuming = before.resumed_count > 0 or before.state in ENDINGS
         try:
             self.config = RunConfig.parse(before.config)
@@ -125,7 +121,7 @@ class Session:
     def _own(self) -> bool:
         """Whether the run is this process's to end: nobody has ended it, and nobody else has taken it."""
         run = self.store.run(self.run_id)
-        return run.state == "queued" or run.active and owner_of(run) == this_process()
+        return run.state == "queued" or carried_here(run)
 
     def _guarded(self, recorder: StoreRecorder, resuming: bool) -> tuple[str, str]:
         """Run; returns the final state and a sentence on why."""

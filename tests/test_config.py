@@ -20,7 +20,7 @@ from grpo_engine.config import (
     flatten,
     preset_names,
 )
-from grpo_engine.methods import METHODS, method_of
+from grpo_engine.methods import METHODS
 from grpo_engine.placement import resolve
 
 
@@ -270,6 +270,11 @@ def test_the_clips_default_to_the_clip_ratio_and_can_differ() -> None:
     assert RunConfig.load("tiny", ["objective.clip_low=0.3"]).objective.clips == (0.3, 0.2)
 
 
+def methods_of(objective: dict[str, Any]) -> list[str]:
+    """The methods whose parts these settings have: one, or none for a mixture of one's own."""
+    return [name for name, parts in METHODS.items() if parts.items() <= objective.items()]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_by_name_sets_its_parts_and_is_told_by_them(name: str, tmp_path: Path) -> None:
     config = RunConfig.load("tiny", ["objective.scale=batch", f"objective={name}"])
@@ -279,16 +284,16 @@ def test_a_method_by_name_sets_its_parts_and_is_told_by_them(name: str, tmp_path
     assert {part: value for part, value in objective.items() if part not in METHODS[name]} == {
         part: value for part, value in untouched.items() if part not in METHODS[name]
     }
-    assert method_of(objective) == name
+    assert methods_of(objective) == [name]
     path = tmp_path / "mine.yaml"
     path.write_text(f"objective: {name}\n", encoding="utf-8")
-    assert method_of(RunConfig.load(path).objective.model_dump()) == name
+    assert methods_of(RunConfig.load(path).objective.model_dump()) == [name]
 
 
 def test_the_parts_of_a_method_can_be_changed_after_it() -> None:
     mixed = RunConfig.load("tiny", ["objective=dapo", "objective.kl_coef=0.01"]).objective
     assert (mixed.kl_coef, mixed.clip_high, mixed.aggregation) == (0.01, 0.28, "token")
-    assert method_of(mixed.model_dump()) is None
+    assert methods_of(mixed.model_dump()) == []
     assert RunConfig.load("tiny", ["objective.kl_coef=0.01", "objective=dapo"]).objective.kl_coef == 0
 
 

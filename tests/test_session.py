@@ -522,7 +522,7 @@ def test_of_two_that_take_up_one_run_the_second_leaves_it_to_the_first(
 ) -> None:
     queued = store.run(create(store, small()))
     run_id = taken_elsewhere(store)
-    monkeypatch.setattr(store, "require_local", lambda run_id: replace(queued, id=run_id))  # as it was a moment ago
+    monkeypatch.setattr(store, "require_idle", lambda run_id: replace(queued, id=run_id))  # as it was a moment ago
     with pytest.raises(StoreError, match="is loading and can't become loading"):
         execute(store, run_id)
     assert store.run(run_id).state == "loading" and store.run(run_id).host == "elsewhere"

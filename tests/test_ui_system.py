@@ -140,6 +140,8 @@ def test_a_bundle_is_made_downloaded_and_opens_in_another_database(
         shown = other.rollouts(row["id"], 1)[0].image
         assert shown is not None and other.file(shown).is_file()
         assert files_of(other) == []  # the upload is gone
+        other.delete(row["id"])
+        assert other.runs() == []
 
 
 def test_a_bundle_of_this_database_comes_in_only_when_a_copy_is_asked_for(store: Store, client: TestClient) -> None:

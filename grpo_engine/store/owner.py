@@ -35,6 +35,11 @@ def this_process() -> Owner:
     return Owner(socket.gethostname(), pid, process_token(pid) or "")
 
 
+def carried_here(run: RunRow) -> bool:
+    """Whether the process that asks carries ``run``, which goes on."""
+    return run.active and owner_of(run) == this_process()
+
+
 def process_token(pid: int) -> str | None:
     """When process ``pid`` of this host was started, as text; None when there is none (or only a zombie).
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..recorder import STEP_METRICS
 from .connection import StoreError
 from .files import PictureFiles, evaluation_stem, step_stem, write_text
-from .owner import owner_of, this_process
+from .owner import carried_here
 from .reader import fetch_run
 from .rollouts import TokenText, rollout_rows
 from .rows import number, storable, to_json
@@ -127,7 +127,7 @@ class StoreRecorder:
                 row["image"], row["thumbnail"] = paths.get((row["g"], row["k"]), (None, None))
             with self.store.write() as db:
                 run = fetch_run(db, self.run_id)
-                if not run.active or owner_of(run) != this_process():
+                if not carried_here(run):
                     raise StoreError(
                         f"Run {self.run_id} is {run.state} or was taken over by another process; "
                         "this process no longer records it."

@@ -136,6 +136,13 @@ class Store(RunReader):
         _refuse_imported(run)
         return run
 
+    def require_idle(self, run_id: str) -> RunRow:
+        """The run, if it was recorded here and no process carries it. Raises `StoreError`."""
+        run = self.require_local(run_id)
+        if run.active and run.state != "queued":  # a queued run has no process
+            raise StoreError(f"Run {run.id} is {run.state} in process {run.pid} on {run.host}; stop it first.")
+        return run
+
     def set_state(self, run_id: str, state: str, message: str = "", *, error: str | None = None) -> None:
         """Move a run to ``state``, if `TRANSITIONS` allows it.
 
